@@ -1,0 +1,104 @@
+"""Pyro effect handlers: observing by name, scaling the rows, adding particles, adapting a site's distribution."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+
+from pgen.errors import DataError
+
+
+class Observe(Messenger):
+    """Observe values at sites by name; those named in `missing` hold NaN, which is integrated out element by element.
+
+    `fallback` holds values that are used only where the program leaves the site of that name unobserved.
+    """
+
+    def __init__(
+        self, values: Mapping[str, Tensor], missing: Collection[str] = (), fallback: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Keep the values."""
+        super().__init__()
+        self.values = values
+        self.missing = missing
+        self.fallback = fallback or {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        name = msg["name"]
+        if type(msg["fn"]).__name__ == "_Subsample":
+            return
+        if name in self.values:
+            value = self.values[name]
+        elif name in self.fallback and not msg["is_observed"]:
+            value = self.fallback[name]
+        else:
+            return
+        if name in self.missing:
+            msg["fn"], value = without_missing(name, msg["fn"], value)
+        msg["value"] = value
+        msg["is_observed"] = True
+
+
+def without_missing(name: str, fn: Any, value: Tensor) -> tuple[Any, Tensor]:
+    """The law of the elements that are there, and the value with the missing ones filled in (they count for nothing).
+
+    Exact for laws that factorise over elements: an unobserved element integrates to one.
+    """
+    base, dims = (fn.base_dist, fn.reinterpreted_batch_ndims) if isinstance(fn, torch.distributions.Independent) else (fn, 0)
+    if base.event_shape:
+        raise DataError(
+            f"site {name!r}: NaN means missing, but the elements of {type(base).__name__} depend on each other, so a missing "
+            "one cannot be left out; observe complete rows, or write the site as independent elements"
+        )
+    present = ~torch.isnan(value)
+    shape = torch.broadcast_shapes(base.batch_shape, value.shape)
+    inside = torch.distributions.biject_to(base.support)(value.new_zeros(()))
+    filled = torch.where(present, value, inside.to(value))
+    return base.expand(shape).mask(present.expand(shape)).to_event(dims), filled.expand(shape)
+
+
+class ScaleRows(Messenger):
+    """Scale the log probability of every site inside the plates of the rows: a batch stands for all of them."""
+
+    def __init__(self, plates: Collection[str], factor: float) -> None:
+        """Name the plates (of the rows) and the factor."""
+        super().__init__()
+        self.plates = plates
+        self.factor = factor
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if any(frame.name in self.plates for frame in msg["cond_indep_stack"]):
+            msg["scale"] = msg["scale"] * self.factor
+
+
+class Adapt(Messenger):
+    """Replace the distribution at named sites by a converted one, so that hybrids need no new backend."""
+
+    def __init__(self, adapters: Mapping[str, Callable[[dist.Distribution], dist.Distribution]]) -> None:
+        """Keep a function from distribution to distribution for each site."""
+        super().__init__()
+        self.adapters = adapters
+
+    def _pyro_sample(self, msg: Any) -> None:
+        adapt = self.adapters.get(msg["name"])
+        if adapt is not None:
+            msg["fn"] = adapt(msg["fn"])
+
+
+class Substitute(Messenger):
+    """Set the values of named sites as if they had been drawn: they stay latent."""
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        """Keep the values."""
+        super().__init__()
+        self.values = values
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self.values and not msg["is_observed"]:
+            msg["value"] = self.values[msg["name"]]
+            msg["done"] = True

@@ -1,0 +1,285 @@
+"""A problem: a Pyro program with its arguments and its data bound, ready to run; how data meets the program."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from pyro import poutine
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
+
+from pgen.errors import DataError
+from pgen.handlers import Adapt, Observe
+
+Data = Any  # a mapping, a tensor, a tuple of tensors, a torch Dataset or DataLoader of those, or None
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A Pyro program with arguments and data bound: calling it, without arguments, runs the program on the data.
+
+    Make one with `Problem.of`. A key of the data that names an argument of the program is passed to it; a key that
+    names a site is observed there. Tensors share their leading dimension, the rows; `take` holds some of them.
+
+    Attributes:
+        program: any Pyro callable.
+        inputs: data passed to the program as arguments, by name.
+        observations: data observed at sites, by site name. NaN means missing.
+        args: positional arguments passed unchanged, never batched.
+        kwargs: keyword arguments passed unchanged, never batched.
+        rows: the number of rows N, or None where no tensor has a leading dimension or the program cannot take fewer.
+        size: what the program is told, if it asks for the number of examples.
+        total: rows of the problem that these rows were taken from (equal to `rows` unless `take` was used).
+        unobserved: run the program forward, drawing also the sites that it observes by `obs=`.
+    """
+
+    program: Callable[..., Any]
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
+    observations: Mapping[str, Tensor] = field(default_factory=dict)
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    rows: int | None = None
+    size: int | None = None
+    total: int | None = None
+    unobserved: bool = False
+    positional: tuple[str, ...] = ()  # the inputs passed by position, in order
+    missing: frozenset[str] = frozenset()  # the observations that hold NaN
+    size_name: str | None = None  # the argument that takes the number of rows
+    adapters: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)  # site -> how its law is converted
+    source: _Rows | None = None  # a map-style dataset whose rows are read by `take`
+    suggested_batch: int | None = None
+
+    @staticmethod
+    def of(program: Callable[..., Any], data: Data = None, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Problem:
+        """Bind data and arguments to a program.
+
+        Raises:
+            DataError: empty data, values that are not finite in an argument, leading dimensions that disagree, or a
+                key that cannot be used.
+        """
+        bare = Problem(program, args=tuple(args), kwargs=dict(kwargs or {}))
+        return bare.with_data(data)
+
+    def with_data(self, data: Data) -> Problem:
+        """The same program and arguments on other data."""
+        clean = Problem(self.program, args=self.args, kwargs=self.kwargs, adapters=self.adapters)
+        if isinstance(data, Problem):
+            raise DataError("data is a Problem already; pass its data: a mapping, a tensor, a tuple, a Dataset or a DataLoader")
+        if isinstance(data, (DataLoader, Dataset)):
+            return clean._with_source(data)
+        return clean._with_tensors(data)
+
+    def _with_source(self, data: DataLoader | Dataset) -> Problem:
+        loader = data if isinstance(data, DataLoader) else None
+        dataset = data.dataset if isinstance(data, DataLoader) else data
+        if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+            raise DataError(
+                f"data is {type(dataset).__name__}, which has no length; rows are drawn by index: give a map-style Dataset "
+                "(with __len__ and __getitem__) or tensors"
+            )
+        if isinstance(dataset, TensorDataset):
+            tensors = dataset.tensors
+            found = self._with_tensors(tensors if len(tensors) != 1 else tensors[0])
+        elif len(dataset) == 0:
+            raise DataError(f"data is empty: {type(dataset).__name__} has 0 rows; give at least one")
+        else:
+            collate = loader.collate_fn if loader is not None and loader.collate_fn is not None else default_collate
+            rows = _Rows(dataset, collate)
+            first = self._with_tensors(rows.read(torch.tensor([0])))
+            found = replace(first, source=rows, rows=len(dataset), size=len(dataset), total=len(dataset))
+        return replace(found, suggested_batch=None if loader is None else loader.batch_size)
+
+    def _with_tensors(self, data: Data) -> Problem:
+        names, takes_any = _parameters_of(self.program)
+        positional: tuple[str, ...] = ()
+        if data is None:
+            named: dict[str, Any] = {}
+        elif isinstance(data, Mapping):
+            named = {str(k): v for k, v in data.items()}
+        else:
+            values = tuple(data) if isinstance(data, (tuple, list)) and not _is_numbers(data) else (data,)
+            order = [n for n in names if n not in self.kwargs]
+            if len(values) > len(order) and not takes_any:
+                raise DataError(
+                    f"got {len(values)} positional data tensors, but {_name(self.program)} takes {len(order)} arguments "
+                    f"({', '.join(order) or 'none'}); to observe a site, give a mapping: {{'site': tensor}}"
+                )
+            if order[:1] == ["n"]:
+                raise DataError(
+                    f"{_name(self.program)}(n) takes the number of examples, and the data is a bare tensor; "
+                    "say which site it is observed at: {'site': tensor}"
+                )
+            positional = tuple(order[i] if i < len(order) else f"argument {i}" for i in range(len(values)))
+            named = dict(zip(positional, values, strict=True))
+        tensors = {key: _as_tensor(key, value) for key, value in named.items()}
+        accepts = set(positional) | set(names)
+        inputs = {k: v for k, v in tensors.items() if k in accepts}
+        observations = {k: v for k, v in tensors.items() if k not in accepts}
+        for key, value in inputs.items():
+            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+                raise DataError(_not_finite(key, value, "argument", "missing values are allowed only at an observed site: {'site': tensor}"))
+        for key, value in observations.items():
+            if value.is_floating_point() and bool(torch.isinf(value).any()):
+                raise DataError(_not_finite(key, value, "site", "only NaN is allowed there, and means missing"))
+        rows = _shared_rows(tensors)
+        free = [n for n in names[len(self.args) + len(positional) :] if n not in self.kwargs and n not in inputs]
+        required = [n for n in free if _is_required(self.program, n)]
+        if len(required) > 1:
+            raise DataError(
+                f"{_name(self.program)} still needs {', '.join(map(repr, required))}; give them in the data (batched by rows), in args=(...) "
+                "or kwargs={...} (passed unchanged); a single open argument is given the number of rows"
+            )
+        return replace(
+            self,
+            inputs=inputs,
+            observations=observations,
+            rows=rows,
+            size=rows,
+            total=rows,
+            positional=positional,
+            missing=frozenset(k for k, v in observations.items() if v.is_floating_point() and bool(torch.isnan(v).any())),
+            size_name=next((n for n in free if n in required or n == "n"), None),
+        )
+
+    def take(self, index: Tensor) -> Problem:
+        """The same program on some of the rows."""
+        if self.source is not None:
+            taken = self._with_tensors(self.source.read(index))
+            return replace(taken, total=self.total, source=None, unobserved=self.unobserved)
+        if self.rows is None:
+            return self
+        pick = {k: v[index.to(v.device)] if v.ndim else v for k, v in self.inputs.items()}
+        seen = {k: v[index.to(v.device)] if v.ndim else v for k, v in self.observations.items()}
+        return replace(self, inputs=pick, observations=seen, rows=index.numel(), size=index.numel())
+
+    def whole(self) -> Problem:
+        """The same problem, all rows always together: for programs whose size is fixed."""
+        full = self.take(torch.arange(self.rows or 0)) if self.source is not None else self
+        return replace(full, rows=None, total=None)
+
+    def forward(self, n: int | None = None) -> Problem:
+        """The same program run forward, nothing observed; on `n` rows, if given, recycling those of its inputs in order."""
+        some = self
+        if n is not None:
+            some = replace(self.take(torch.arange(n) % self.rows) if self.rows is not None else self, rows=n, size=n, total=n)
+        return replace(some, observations={}, missing=frozenset(), unobserved=True)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Problem:
+        """The data moved to a device, its floating-point tensors cast to a dtype."""
+
+        def move(value: Tensor) -> Tensor:
+            return value.to(device=device, dtype=dtype if dtype is not None and value.is_floating_point() else None)
+
+        inputs = {k: move(v) for k, v in self.inputs.items()}
+        return replace(self, inputs=inputs, observations={k: move(v) for k, v in self.observations.items()})
+
+    @property
+    def device(self) -> torch.device:
+        """Where the data lies (the CPU, if there is none)."""
+        return next((v.device for v in (*self.inputs.values(), *self.observations.values())), torch.device("cpu"))
+
+    @property
+    def scale(self) -> float:
+        """Rows of the whole over rows at hand: what the log probability of a row counts for."""
+        return 1.0 if not self.rows or not self.total else self.total / self.rows
+
+    def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The positional and keyword arguments that the program is called with."""
+        named = {k: v for k, v in self.inputs.items() if k not in self.positional}
+        if self.size_name is not None and (self.size is not None or _is_required(self.program, self.size_name)):
+            named[self.size_name] = self.size if self.size is not None else 1
+        return (*(self.inputs[k] for k in self.positional), *self.args), {**self.kwargs, **named}
+
+    def __call__(self) -> Any:
+        """Run the program on its data: a Pyro program of no arguments."""
+        if self.source is not None:
+            return self.take(torch.arange(self.rows or 0))()
+        args, kwargs = self.arguments()
+        meet = poutine.uncondition() if self.unobserved else Observe(self.observations, self.missing, fallback=self.inputs)
+        with Adapt(self.adapters), meet:
+            return self.program(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows of a map-style dataset, read by index."""
+
+    dataset: Any
+    collate: Callable[[list[Any]], Any]
+
+    def read(self, index: Tensor) -> Any:
+        return self.collate([self.dataset[i] for i in index.tolist()])
+
+
+def _signature(program: Callable[..., Any]) -> inspect.Signature | None:
+    try:
+        return inspect.signature(program.forward if isinstance(program, nn.Module) else program)
+    except (TypeError, ValueError):
+        return None
+
+
+def _parameters_of(program: Callable[..., Any]) -> tuple[list[str], bool]:
+    """Names of the arguments that data can fill, and whether any further positional ones are taken."""
+    signature = _signature(program)
+    if signature is None:
+        return [], True
+    kinds = inspect.Parameter
+    names = [p.name for p in signature.parameters.values() if p.kind in (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY, kinds.POSITIONAL_ONLY)]
+    return names, any(p.kind is kinds.VAR_POSITIONAL for p in signature.parameters.values())
+
+
+def _is_required(program: Callable[..., Any], name: str) -> bool:
+    signature = _signature(program)
+    return signature is not None and signature.parameters[name].default is inspect.Parameter.empty
+
+
+def _name(program: Callable[..., Any]) -> str:
+    return getattr(program, "__name__", type(program).__name__)
+
+
+def _is_numbers(data: Any) -> bool:
+    return isinstance(data, list) and all(isinstance(v, (int, float, bool)) for v in data)
+
+
+def _as_tensor(key: str, value: Any) -> Tensor:
+    if isinstance(value, Tensor):
+        tensor = value
+    elif isinstance(value, (np.ndarray, np.generic, int, float, bool, list, tuple)):
+        try:
+            tensor = torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise DataError(f"data {key!r}: {type(value).__name__} does not make a tensor ({error}); give numbers of one shape") from error
+        if tensor.dtype is torch.float64 and not isinstance(value, (np.ndarray, np.generic)):
+            tensor = tensor.to(torch.get_default_dtype())
+    else:
+        raise DataError(
+            f"data {key!r} is {type(value).__name__}; expected a tensor, an array or numbers. What is not batched by rows "
+            "goes into args=(...) or kwargs={...}"
+        )
+    if tensor.numel() == 0:
+        raise DataError(f"data {key!r} is empty (shape {tuple(tensor.shape)}); give at least one row")
+    return tensor
+
+
+def _not_finite(key: str, value: Tensor, role: str, hint: str) -> str:
+    bad = (~torch.isfinite(value)).nonzero()
+    return (
+        f"data {key!r} (passed as {role}) has {len(bad)} of {value.numel()} values that are not finite, "
+        f"the first at index {tuple(bad[0].tolist())}; {hint}"
+    )
+
+
+def _shared_rows(tensors: Mapping[str, Tensor]) -> int | None:
+    sizes = {k: v.shape[0] for k, v in tensors.items() if v.ndim}
+    if len(set(sizes.values())) > 1:
+        shapes = ", ".join(f"{k!r} {tuple(tensors[k].shape)}" for k in sizes)
+        raise DataError(
+            f"data tensors disagree on the number of rows: {shapes}; they must share the leading dimension. What is not "
+            "batched by rows goes into args=(...) or kwargs={...}"
+        )
+    return next(iter(sizes.values()), None)
