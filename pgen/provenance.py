@@ -1,0 +1,316 @@
+"""Which sites a tensor was computed from, element by element, read off the stream of torch operations.
+
+Pyro's provenance tensors lose track at in-place writes, `out=` and `vmap`. Here every storage carries marks, and a
+dispatch mode, which sees each operation after autograd, functionalisation and vmap have done their part, moves the
+marks along. Marks are kept per element where operations only move data or work element by element, per tensor elsewhere.
+Where a value leaves torch (`.item()`, a branch, `.numpy()`), nobody can follow: that is recorded as a `Leak`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+Marks = dict[str, "bool | Tensor"]  # label -> True (every element) or a mask shaped like the tensor
+
+
+@dataclass(frozen=True)
+class Leak:
+    """A value that left torch: what it was computed from, and the line of the program where it happened."""
+
+    labels: frozenset[str]
+    operation: str
+    where: str
+
+
+@dataclass
+class _Storage:
+    owner: Tensor  # keeps the memory alive, so that its address stays its own
+    marks: Marks = field(default_factory=dict)  # masks here are flat, one entry per element of the storage
+
+
+class Provenance:
+    """Follow labels through torch operations: `with provenance: ...`, then `mark`, `labels` and `leaks`.
+
+    >>> p = Provenance()
+    >>> with p:
+    ...     a, b = torch.ones(2), torch.ones(2)
+    ...     p.mark(a, "a"), p.mark(b, "b")
+    ...     out = torch.zeros(2)
+    ...     out[0] = a[1]
+    (None, None)
+    >>> sorted(p.labels(out)), sorted(p.labels(out[1])), sorted(p.labels(out * b))
+    (['a'], [], ['a'])
+    """
+
+    def __init__(self) -> None:
+        """Start with nothing marked."""
+        self.leaks: list[Leak] = []
+        self._storages: dict[int, _Storage] = {}
+        self._modes = (_Functions(self), _Operations(self))
+
+    def __enter__(self) -> Provenance:
+        for mode in self._modes:
+            mode.__enter__()
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        for mode in reversed(self._modes):
+            mode.__exit__(*exc)
+
+    def mark(self, tensor: Tensor, *labels: str) -> None:
+        """Say that every element of the tensor comes from these labels, and from nothing else."""
+        self.write(tensor, dict.fromkeys(labels, True))
+
+    def labels(self, *tensors: Any) -> frozenset[str]:
+        """All labels that any element of the tensors was computed from."""
+        return frozenset(label for t in tree_leaves(tensors) if isinstance(t, Tensor) for label in self.read(t))
+
+    def read(self, tensor: Tensor) -> Marks:
+        """The marks of a tensor's elements."""
+        stored = self._storages.get(_address(tensor))
+        if stored is None or not stored.marks:
+            return {}
+        found: Marks = {}
+        for label, mask in stored.marks.items():
+            if isinstance(mask, Tensor):
+                view = mask.as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())
+                if bool(view.any()):
+                    found[label] = True if bool(view.all()) else view
+            else:
+                found[label] = True
+        return found
+
+    def write(self, tensor: Tensor, marks: Marks, keep: bool = False) -> None:
+        """Set the marks of a tensor's elements; `keep` adds to what is there."""
+        address = _address(tensor)
+        if not address or tensor.numel() == 0:
+            return
+        stored = self._storages.get(address)
+        if stored is None:
+            if not marks:
+                return
+            stored = self._storages[address] = _Storage(tensor)
+        size = tensor.untyped_storage().nbytes() // max(1, tensor.element_size())
+        whole = tensor.numel() == size and tensor.is_contiguous()
+        if whole and not keep:
+            stored.marks = {k: True if m is True else torch.as_tensor(m).expand(tensor.shape).reshape(-1).clone() for k, m in marks.items()}
+            return
+        for label in [*stored.marks, *marks]:
+            old = stored.marks.get(label, False)
+            new = marks.get(label, False)
+            if old is True and (keep or new is True):
+                continue
+            if whole and new is True:
+                stored.marks[label] = True
+                continue
+            flat = old if isinstance(old, Tensor) else torch.full((size,), bool(old), device=tensor.device)
+            view = flat.as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())
+            if keep:
+                view |= new
+            else:
+                view.copy_(torch.as_tensor(new, device=tensor.device))
+            if bool(flat.any()):
+                stored.marks[label] = flat
+            else:
+                stored.marks.pop(label, None)
+
+    def leak(self, labels: frozenset[str], operation: str) -> None:
+        """Record that a value computed from these labels left torch, unless a library did it to check its arguments."""
+        where = _line_of_program()
+        if labels and where is not None:
+            self.leaks.append(Leak(labels, operation, where))
+
+
+_OVERWRITES = {"copy_", "fill_", "zero_", "normal_", "uniform_", "random_", "bernoulli_", "exponential_", "geometric_", "cauchy_", "log_normal_"}
+_MOVES = {"cat", "stack", "clone", "index", "index_select", "gather", "repeat", "flip", "roll", "index_put_", "index_put", "masked_select",
+          "constant_pad_nd", "_unsafe_view", "select_scatter", "slice_scatter", "_reshape_copy", "take", "tril", "triu"}  # fmt: skip
+
+
+class _Operations(TorchDispatchMode):
+    """Moves marks along with every aten operation."""
+
+    def __init__(self, provenance: Provenance) -> None:
+        super().__init__()
+        self.provenance = provenance
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        p = self.provenance
+        name = func.overloadpacket.__name__
+        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        if name in ("_local_scalar_dense", "is_nonzero"):
+            p.leak(p.labels(*inputs), "item")
+            return func(*args, **kwargs)
+        before = {id(t): p.read(t) for t in inputs}
+        marked = any(before.values())
+        written = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+        targets = [t for n in written for t in tree_leaves(_argument(func, args, kwargs, n)) if isinstance(t, Tensor)]
+        out = func(*args, **kwargs)
+        if targets:
+            sources = [t for t in inputs if all(t is not w for w in targets)]
+            inplace = name.endswith("_") and not any(a.is_out for a in func._schema.arguments)
+            for target in targets:
+                if inplace and name == "index_put_":
+                    self._index_put(target, args, before)
+                elif inplace and name not in _OVERWRITES:
+                    p.write(target, _pointwise(sources, before, target) if _is_pointwise(func) else _union(sources, before), keep=True)
+                else:
+                    marks = _pointwise(sources, before, target) if _is_pointwise(func) or name == "copy_" else _union(sources, before)
+                    p.write(target, marks)
+            return out
+        if not marked:
+            return out
+        addresses = {_address(t) for t in inputs}
+        for result in tree_leaves(out):
+            if isinstance(result, Tensor) and _address(result) not in addresses:
+                if name in _MOVES:
+                    p.write(result, _moved(func, args, kwargs, before, result))
+                elif _is_pointwise(func) or name in ("_to_copy", "clone"):
+                    p.write(result, _pointwise(inputs, before, result))
+                else:
+                    p.write(result, _union(inputs, before))
+        return out
+
+    def _index_put(self, target: Tensor, args: Any, before: Mapping[int, Marks]) -> None:
+        """`target[indices] = values`: only the elements written to change their marks."""
+        indices, values = args[1], args[2]
+        accumulate = bool(args[3]) if len(args) > 3 else False
+        p = self.provenance
+        by_index = _union([i for i in indices if isinstance(i, Tensor)], before)
+        old = p.read(target)
+        for label in {*before[id(values)], *old}:
+            mark = old.get(label, False)
+            mask = mark.clone() if isinstance(mark, Tensor) else torch.full(target.shape, bool(mark), device=target.device)
+            new = before[id(values)].get(label, False)
+            filler = torch.as_tensor(new, device=target.device)
+            filler = filler.expand(values.shape) if isinstance(new, Tensor) else filler
+            if not accumulate or bool(filler.any()):
+                mask.index_put_(tuple(indices), filler)
+            p.write(target, {label: mask}, keep=True)
+            if not accumulate:
+                p.write(target, {**p.read(target), label: mask} if bool(mask.any()) else {k: v for k, v in p.read(target).items() if k != label})
+        if by_index:
+            p.write(target, by_index, keep=True)
+
+
+class _Functions(TorchFunctionMode):
+    """Catches what never reaches the dispatcher as tensors: indexing by a number, and exits to numpy and Python."""
+
+    def __init__(self, provenance: Provenance) -> None:
+        super().__init__()
+        self.provenance = provenance
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _EXITS:
+            self.provenance.leak(self.provenance.labels(args), _EXITS[func])
+        elif func is Tensor.__getitem__ and (index := _scalar_indices(args[1])):
+            labels = self.provenance.labels(index)
+            if labels:
+                # Indexing by a 0-d integer tensor goes through .item(): keep the dependence ourselves.
+                quiet = self.provenance.leaks
+                self.provenance.leaks = []
+                out = func(*args, **kwargs).clone()
+                self.provenance.leaks = quiet
+                self.provenance.write(out, dict.fromkeys(labels, True), keep=True)
+                return out
+        elif func is Tensor.__setitem__ and (index := _scalar_indices(args[1])):
+            labels = self.provenance.labels(index)
+            if labels:
+                quiet = self.provenance.leaks
+                self.provenance.leaks = []
+                out = func(*args, **kwargs)
+                self.provenance.leaks = quiet
+                self.provenance.write(args[0], dict.fromkeys(labels, True), keep=True)
+                return out
+        return func(*args, **kwargs)
+
+
+_EXITS: dict[Any, str] = {Tensor.numpy: "numpy", Tensor.tolist: "tolist", Tensor.__array__: "numpy"}
+
+
+def _scalar_indices(index: Any) -> list[Tensor]:
+    parts = index if isinstance(index, tuple) else (index,)
+    return [i for i in parts if isinstance(i, Tensor) and i.ndim == 0 and not i.is_floating_point()]
+
+
+def _address(tensor: Tensor) -> int:
+    try:
+        return tensor.untyped_storage().data_ptr() or tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):
+        return 0
+
+
+def _argument(func: Any, args: Any, kwargs: Any, name: str) -> Any:
+    if name in kwargs:
+        return kwargs[name]
+    position = next(i for i, a in enumerate(func._schema.arguments) if a.name == name)
+    return args[position] if position < len(args) else None
+
+
+def _is_pointwise(func: Any) -> bool:
+    return torch.Tag.pointwise in func.tags
+
+
+def _union(tensors: Iterable[Tensor], before: Mapping[int, Marks]) -> Marks:
+    return {label: True for t in tensors for label in before.get(id(t), {})}
+
+
+def _pointwise(tensors: Iterable[Tensor], before: Mapping[int, Marks], like: Tensor) -> Marks:
+    """Element by element: an element of the result has the labels of the elements it was made from."""
+    found: Marks = {}
+    for t in tensors:
+        for label, mask in before.get(id(t), {}).items():
+            old = found.get(label, False)
+            if mask is True or old is True:
+                found[label] = True
+            else:
+                found[label] = torch.as_tensor(old, device=like.device) | torch.as_tensor(mask, device=like.device)
+    return {k: m if m is True else torch.as_tensor(m).expand(like.shape) for k, m in found.items()}
+
+
+def _moved(func: Callable[..., Any], args: Any, kwargs: Any, before: Mapping[int, Marks], like: Tensor) -> Marks:
+    """The operation only moves data: do the same to the masks. Indices add their labels to everything."""
+    tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    movable = [t for t in tensors if t.dtype == like.dtype]
+    found = _union([t for t in tensors if t.dtype != like.dtype], before)
+    for label in {k for t in movable for k in before[id(t)]} - set(found):
+
+        def mask_of(leaf: Any, label: str = label) -> Any:
+            if not isinstance(leaf, Tensor) or leaf.dtype != like.dtype:
+                return leaf
+            mark = before[id(leaf)].get(label, False)
+            return mark if isinstance(mark, Tensor) else torch.full(leaf.shape, bool(mark), device=leaf.device)
+
+        masks = torch.utils._pytree.tree_map(mask_of, (args, kwargs))
+        try:
+            found[label] = func(*masks[0], **masks[1])
+        except (RuntimeError, TypeError):
+            found[label] = True
+    return found
+
+
+_LIBRARIES = ("torch", "pyro", "pgen", "zuko", "contextlib", "functools", "importlib")
+
+
+def _line_of_program() -> str | None:
+    """The line of the user's program that is running; None where a library looks at a value to check its arguments."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        module = frame.f_globals.get("__name__", "")
+        root = module.partition(".")[0]
+        if root in ("pyro", "zuko") or module.startswith(("torch.distributions", "torch.nn")):
+            return None
+        if root not in _LIBRARIES or module.startswith(("pgen.zoo", "pgen.nn", "pgen.distributions")):
+            return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return None

@@ -1,0 +1,439 @@
+"""The structure of a program: its sites, plates and dependence graph, read off one inspected run."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import networkx as nx
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+
+from pgen.capability import Capability, capabilities_of
+from pgen.conversion import Conversions
+from pgen.errors import DataError, PgenError, ProgramError
+from pgen.parameters import Parameters
+from pgen.problem import Data, Problem, _name
+from pgen.provenance import Leak, Provenance
+
+_LIGHT_ROWS = 2048  # up to so many rows, all of them are run once, so that bad data is found before any work is done
+
+
+@dataclass(frozen=True)
+class Plate:
+    """A plate: conditional independence over `size` copies, along batch dimension `dim`."""
+
+    name: str
+    size: int
+    dim: int
+    subsampled: bool = False
+
+
+@dataclass(frozen=True)
+class Site:
+    """One `pyro.sample` (or `pyro.factor`) statement, as it was met in the inspected run.
+
+    Attributes:
+        distribution: name of the distribution's class, wrappers removed.
+        parents: names of the sites whose values its law was computed from (a superset where `certain` is False).
+        params: names of the learned tensors that its law was computed from.
+        inputs: names of the data arguments that its law was computed from.
+        support_parents: names of the sites that its *support* was computed from.
+        cardinality: number of values of a finite support, else None.
+        factor: a `pyro.factor` statement: soft evidence, not a random value.
+        certain: False where a value left torch before this site, so that more sites than those named may matter.
+    """
+
+    name: str
+    distribution: str
+    capabilities: frozenset[Capability]
+    support: Any
+    event_shape: torch.Size
+    batch_shape: torch.Size
+    plates: tuple[str, ...]
+    parents: tuple[str, ...]
+    observed: bool
+    enumerable: bool
+    params: tuple[str, ...] = ()
+    inputs: tuple[str, ...] = ()
+    support_parents: tuple[str, ...] = ()
+    cardinality: int | None = None
+    factor: bool = False
+    certain: bool = True
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def discrete(self) -> bool:
+        """Whether its values are counted rather than measured."""
+        return bool(getattr(self.support, "is_discrete", False))
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What pgen knows about a program before any inference.
+
+    Attributes:
+        sites: every site by name, in program order.
+        graph: `nx.DiGraph`, an edge from each parent; edges carry `certain`.
+        plates: every plate by name.
+        data_plates: the plates whose size is the number of rows of the data.
+        leaks: where values left torch, so that dependence could not be followed.
+        params: names of all learned tensors of the program.
+    """
+
+    sites: Mapping[str, Site]
+    graph: nx.DiGraph
+    plates: Mapping[str, Plate]
+    data_plates: tuple[str, ...] = ()
+    leaks: tuple[Leak, ...] = ()
+    params: tuple[str, ...] = ()
+    name: str = "program"
+    missing: frozenset[str] = frozenset()
+    conversions: Conversions = field(default_factory=Conversions)
+
+    @property
+    def latents(self) -> tuple[str, ...]:
+        """Sites that are neither observed nor factors, in program order."""
+        return tuple(s.name for s in self.sites.values() if not s.observed and not s.factor)
+
+    @property
+    def observed(self) -> tuple[str, ...]:
+        """Observed sites, in program order."""
+        return tuple(s.name for s in self.sites.values() if s.observed and not s.factor)
+
+    @property
+    def factors(self) -> tuple[str, ...]:
+        """`pyro.factor` statements, in program order."""
+        return tuple(s.name for s in self.sites.values() if s.factor)
+
+    @property
+    def data_plate(self) -> str | None:
+        """The plate over the rows of the data, if the program has one."""
+        return self.data_plates[0] if self.data_plates else None
+
+    @property
+    def nesting(self) -> int:
+        """Batch dimensions in use; dimensions to the left of these are free."""
+        return max([0, *(len(s.batch_shape) for s in self.sites.values()), *(-p.dim for p in self.plates.values())])
+
+    @property
+    def measure(self) -> str:
+        """What log probabilities of the observed sites are: of a "mass", a "density", or "mixed"."""
+        kinds = {self.sites[n].discrete for n in self.observed}
+        return "mixed" if len(kinds) == 2 else ("mass" if kinds == {True} else "density")
+
+    def local(self, name: str) -> bool:
+        """Whether a site has a value of its own in every row."""
+        return any(p in self.data_plates for p in self.sites[name].plates)
+
+    def __iter__(self) -> Iterator[Site]:
+        """The sites, in program order."""
+        return iter(self.sites.values())
+
+    def __repr__(self) -> str:
+        """One line per site: law, plates, parents."""
+        lines = [f"Structure of {self.name}:"]
+        for s in self:
+            role = "factor" if s.factor else ("observed" if s.observed else "latent")
+            shape = "" if not s.event_shape else f" {list(s.event_shape)}"
+            given = f" | {', '.join(s.parents)}" if s.parents else ""
+            plates = f"  in {', '.join(s.plates)}" if s.plates else ""
+            lines.append(f"  {role:8} {s.name}{given} ~ {s.distribution}{shape}{plates}{'' if s.certain else '  (parents uncertain)'}")
+        lines += [f"  note: {describe_leak(leak)}" for leak in self.leaks]
+        return "\n".join(lines)
+
+
+def describe_leak(leak: Leak) -> str:
+    """One sentence about where a value left torch."""
+    return f"the value of {', '.join(sorted(leak.labels))} left torch by {leak.operation} at {leak.where}; later sites may depend on it"
+
+
+def structure_of(
+    program: Callable[..., Any] | Problem, data: Data = None, *, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+) -> Structure:
+    """Inspect a program on its data: one run that touches no global state.
+
+    The run uses a few rows where the program lets itself be run on fewer; a second one, on another number of rows,
+    tells which plates are those of the data.
+
+    Raises:
+        DataError: a key is neither an argument nor a site, a value has the wrong shape or lies outside the support.
+        ProgramError: the program itself raises.
+    """
+    return inspect_problem(program if isinstance(program, Problem) else Problem.of(program, data, args, kwargs))[0]
+
+
+def inspect_problem(problem: Problem) -> tuple[Structure, Problem]:
+    """The structure, and the problem as it may be run: with rows only where they can be taken apart."""
+    if problem.rows is None:
+        run = _inspect(problem, follow=True)
+        return _structure(run, problem, ()), problem
+    few = 3 if problem.rows != 3 else 2
+    try:
+        run = _inspect(problem.take(torch.arange(few) % problem.rows), follow=True)
+        fixed = False
+    except PgenError:
+        fixed = True
+    if not fixed:
+        other = problem if problem.rows <= _LIGHT_ROWS else problem.take(torch.arange(5) % problem.rows)
+        second = _inspect(other, follow=False)
+        fixed = run.sites.keys() != second.sites.keys()
+        grown = tuple(
+            n for n, p in run.plates.items() if p.size == few and n in second.plates and second.plates[n].size == other.rows
+        )
+        for name in run.sites:
+            if not fixed and not any(p in grown for p in run.sites[name].plates):
+                fixed |= run.sites[name].batch_shape != second.sites[name].batch_shape
+                fixed |= run.sites[name].event_shape != second.sites[name].event_shape
+        fixed |= not grown
+    if fixed:
+        whole = problem.whole()
+        return _structure(_inspect(whole, follow=True), whole, ()), whole
+    return _structure(run, problem, grown), problem
+
+
+@dataclass
+class _Inspected:
+    sites: dict[str, Site]
+    plates: dict[str, Plate]
+    uncertain: dict[str, frozenset[str]]
+    leaks: list[Leak]
+    params: tuple[str, ...]
+
+
+def _inspect(problem: Problem, follow: bool) -> _Inspected:
+    watch = _Watch(problem, Provenance() if follow else None)
+    try:
+        with torch.random.fork_rng(), torch.no_grad(), pyro.validation_enabled(True), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.manual_seed(0)
+            parameters = Parameters.of(problem)
+            with parameters.installed(), watch:
+                if watch.provenance is None:
+                    problem()
+                else:
+                    for name, tensor in parameters.tensors.items():
+                        watch.provenance.mark(tensor, f"param:{name}")
+                    for name, tensor in problem.inputs.items():
+                        watch.provenance.mark(tensor, f"input:{name}")
+                    with watch.provenance:
+                        problem()
+    except PgenError:
+        raise
+    except Exception as error:
+        after = f"at site {watch.current!r}" if watch.current else ("after site " + repr(watch.last) if watch.last else "before its first site")
+        raise ProgramError(f"{_name(problem.program)} raised {type(error).__name__} {after}: {error}") from error
+    unknown = [k for k in problem.observations if k not in watch.sites]
+    if unknown:
+        from_data = [k for k in (*problem.inputs, problem.size_name) if k]
+        raise DataError(
+            f"data key {unknown[0]!r} names neither an argument nor a site of {_name(problem.program)}; "
+            f"its arguments: {', '.join(from_data + _open_arguments(problem)) or 'none'}; its sites: {', '.join(watch.sites) or 'none'}"
+        )
+    for name in problem.missing:
+        children = [s.name for s in watch.sites.values() if name in s.parents]
+        if children:
+            raise DataError(
+                f"site {name!r} has missing values (NaN), and {', '.join(children)} depends on it; only sites that nothing depends on "
+                "can be observed in part: drop those rows, or give the site's complete values"
+            )
+    leaks = watch.provenance.leaks if watch.provenance else []
+    clean = [Leak(found, leak.operation, leak.where) for leak in leaks if (found := frozenset(_only(leak.labels, "site")))]
+    return _Inspected(watch.sites, watch.plates, watch.uncertain, clean, tuple(parameters.tensors))
+
+
+def _open_arguments(problem: Problem) -> list[str]:
+    from pgen.problem import _parameters_of
+
+    return [n for n in _parameters_of(problem.program)[0] if n not in problem.inputs and n != problem.size_name]
+
+
+def _structure(run: _Inspected, problem: Problem, data_plates: tuple[str, ...]) -> Structure:
+    graph = nx.DiGraph()
+    for site in run.sites.values():
+        graph.add_node(site.name, observed=site.observed, plates=site.plates)
+    for site in run.sites.values():
+        for parent in site.parents:
+            graph.add_edge(parent, site.name, certain=parent not in run.uncertain.get(site.name, ()))
+    return Structure(
+        sites=run.sites,
+        graph=graph,
+        plates=run.plates,
+        data_plates=data_plates,
+        leaks=tuple(dict.fromkeys(run.leaks)),
+        params=run.params,
+        name=_name(problem.program),
+        missing=problem.missing,
+    )
+
+
+class _Watch(Messenger):
+    """Records every site of a run, and gives each value a label of its own."""
+
+    def __init__(self, problem: Problem, provenance: Provenance | None) -> None:
+        super().__init__()
+        self.problem = problem
+        self.provenance = provenance
+        self.sites: dict[str, Site] = {}
+        self.plates: dict[str, Plate] = {}
+        self.uncertain: dict[str, frozenset[str]] = {}
+        self.current = ""
+        self.last = ""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        self.current = msg["name"]
+
+    def _pyro_post_param(self, msg: Any) -> None:
+        if self.provenance is not None and isinstance(msg["value"], Tensor) and "$$$" not in msg["name"]:
+            self.provenance.write(msg["value"], {f"param:{msg['name']}": True}, keep=True)
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        fn, value, name = msg["fn"], msg["value"], msg["name"]
+        self.last, self.current = name, ""
+        if type(fn).__name__ == "_Subsample":
+            return
+        for frame in msg["cond_indep_stack"]:
+            if frame.dim is not None:
+                subsampled = frame.full_size is not None and frame.full_size != frame.size
+                self.plates[frame.name] = Plate(frame.name, frame.size, frame.dim, subsampled)
+        if (msg["infer"] or {}).get("_deterministic"):
+            return
+        factor = isinstance(_base(fn), dist.Unit)
+        if msg["is_observed"] and not factor:
+            _check_value(name, fn, value)
+        capabilities, labels = self._examine(fn, value, msg, factor)
+        parents = _only(labels, "site") - {name}
+        before = frozenset(p for leak in (self.provenance.leaks if self.provenance else []) for p in _only(leak.labels, "site")) - {name}
+        self.uncertain[name] = before - parents
+        cardinality = _cardinality(fn) if Capability.ENUMERATE in capabilities and not factor else None
+        support = _support(fn)
+        order = [s for s in self.sites if s in parents | before]
+        self.sites[name] = Site(
+            name=name,
+            distribution="factor" if factor else type(_base(fn)).__name__,
+            capabilities=capabilities if cardinality is not None else capabilities - {Capability.ENUMERATE},
+            support=support,
+            event_shape=torch.Size() if factor else torch.Size(fn.event_shape),
+            batch_shape=torch.Size(fn.batch_shape),
+            plates=tuple(f.name for f in msg["cond_indep_stack"] if f.dim is not None),
+            parents=tuple(order),
+            observed=bool(msg["is_observed"]) or factor,
+            enumerable=cardinality is not None,
+            params=tuple(sorted(_only(labels, "param"))),
+            inputs=tuple(sorted(_only(labels, "input"))),
+            support_parents=tuple(sorted(_only(self._labels(_tensors_of(support)), "site"))),
+            cardinality=cardinality,
+            factor=factor,
+            certain=not self.uncertain[name],
+            dtype=value.dtype if isinstance(value, Tensor) else torch.get_default_dtype(),
+        )
+        if self.provenance is not None and isinstance(value, Tensor) and not factor:
+            if msg["is_observed"]:
+                # Later uses of the very data that was observed here depend on this site.
+                self.provenance.write(value, {f"site:{name}": True}, keep=True)
+            msg["value"] = value.clone()
+            self.provenance.mark(msg["value"], f"site:{name}")
+
+    def _labels(self, *tensors: Any) -> frozenset[str]:
+        return self.provenance.labels(*tensors) if self.provenance is not None else frozenset()
+
+    def _examine(self, fn: Any, value: Any, msg: Any, factor: bool) -> tuple[frozenset[Capability], frozenset[str]]:
+        """What the law can do, and what it was computed from: by its density, by a draw where it has none."""
+        capabilities = capabilities_of(fn)
+        labels = self._labels(msg["mask"], msg["scale"])
+        if factor:
+            return frozenset({Capability.LOG_DENSITY}), labels | self._labels(fn.log_prob(value))
+        density = density_of(fn, capabilities)
+        if density is not None:
+            try:
+                labels |= self._labels(density(value))
+            except NotImplementedError:
+                capabilities, density = capabilities - {Capability.LOG_PROB, Capability.LOG_DENSITY}, None
+        if msg["is_observed"]:
+            labels -= {f"site:{msg['name']}"} | {f"input:{k}" for k in self.problem.inputs} - self._input_labels(fn)
+            if density is None and Capability.SAMPLE in capabilities:
+                labels |= self._labels(fn.sample())
+        else:
+            labels |= self._labels(value)
+        return capabilities, labels
+
+    def _input_labels(self, fn: Any) -> frozenset[str]:
+        """Inputs that the law itself was computed from, as opposed to the observed value."""
+        found = self._labels(_tensors_of(fn))
+        return frozenset(label for label in found if label.startswith("input:"))
+
+
+def density_of(fn: Any, capabilities: frozenset[Capability]) -> Callable[[Tensor], Tensor] | None:
+    """The log density of a distribution, normalised or not; None where it has neither."""
+    if Capability.LOG_PROB in capabilities:
+        return fn.log_prob
+    if Capability.LOG_DENSITY in capabilities:
+        return getattr(fn, "log_density", fn.log_prob)
+    return None
+
+
+def _only(labels: Any, kind: str) -> frozenset[str]:
+    return frozenset(label.partition(":")[2] for label in labels if label.startswith(f"{kind}:"))
+
+
+def _base(fn: Any) -> Any:
+    while isinstance(fn, (torch.distributions.Independent, dist.ExpandedDistribution, dist.MaskedDistribution)):
+        fn = fn.base_dist
+    return fn
+
+
+def _support(fn: Any) -> Any:
+    try:
+        return fn.support
+    except NotImplementedError:
+        return torch.distributions.constraints.real
+
+
+def _tensors_of(thing: Any, depth: int = 0) -> list[Tensor]:
+    """Tensors held by a distribution or constraint, through its wrappers."""
+    if isinstance(thing, Tensor):
+        return [thing]
+    if depth > 5:
+        return []
+    if isinstance(thing, (list, tuple)):
+        return [t for part in thing for t in _tensors_of(part, depth + 1)]
+    if isinstance(thing, (torch.distributions.Distribution, torch.distributions.constraints.Constraint, torch.distributions.Transform)):
+        return [t for part in vars(thing).values() for t in _tensors_of(part, depth + 1)]
+    return []
+
+
+def _cardinality(fn: Any) -> int | None:
+    try:
+        return int(fn.enumerate_support(expand=False).shape[0])
+    except (NotImplementedError, ValueError, RuntimeError):
+        return None
+
+
+def _check_value(name: str, fn: Any, value: Tensor) -> None:
+    expected = torch.Size(fn.batch_shape) + torch.Size(fn.event_shape)
+    try:
+        fits = torch.broadcast_shapes(value.shape, expected) == expected
+    except RuntimeError:
+        fits = False
+    event = len(fn.event_shape)
+    if not fits or (event and value.shape[-event:] != expected[-event:]):
+        raise DataError(
+            f"site {name!r}: the observed value has shape {tuple(value.shape)}, but {type(_base(fn)).__name__} there has shape "
+            f"{tuple(expected)} (batch {tuple(fn.batch_shape)} + event {tuple(fn.event_shape)}); put the statement inside "
+            "pyro.plate('data', n) with n the number of rows, or reshape the data"
+        )
+    try:
+        inside = fn.support.check(value)
+    except (NotImplementedError, AttributeError):
+        return
+    if not bool(inside.all()):
+        bad = tuple((~inside).nonzero()[0].tolist())
+        raise DataError(
+            f"site {name!r}: observed value {value[bad].tolist() if value.ndim else value.item()} at index {bad} lies outside the support "
+            f"{fn.support} of {type(_base(fn)).__name__}; give values inside it, or change the distribution at that site"
+        )
