@@ -1,0 +1,260 @@
+"""Conversions: what a distribution can do gives what it could not; the graph of them, and the cheapest exact path.
+
+A conversion is an edge from the capabilities it needs to the ones it gives. Those here need no training; backends and
+plugins add theirs through the hook `pgen_conversions`.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import networkx as nx
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from pgen.capability import Capability, Exactness, capabilities_of
+from pgen.errors import UnknownName
+from pgen.registry import hookimpl
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A way from some capabilities of a distribution to another one.
+
+    Attributes:
+        name: how it is asked for: `via={"z": name}`.
+        needs: capabilities that the distribution must have.
+        gives: the capability that the converted distribution has in addition.
+        exactness: how the converted answer relates to the truth.
+        cost: relative cost of one use, for choosing between paths of equal exactness.
+        methods: from the distribution to the methods that the converted one answers with, by name.
+    """
+
+    name: str
+    needs: frozenset[Capability]
+    gives: Capability
+    exactness: Exactness
+    cost: float
+    methods: Callable[[dist.Distribution], Mapping[str, Callable[..., Any]]]
+
+    def convert(self, distribution: dist.Distribution) -> dist.Distribution:
+        """The distribution with the further capability."""
+        return Converted(distribution, (self,))
+
+
+class Converted(dist.TorchDistribution):
+    """A distribution that answers more than it did, through conversions; in all else it is what it was."""
+
+    arg_constraints: Mapping[str, Any] = {}  # noqa: RUF012
+
+    def __init__(self, base: Any, conversions: tuple[Conversion, ...]) -> None:
+        """Apply the conversions in order."""
+        self.base, self.conversions = base, conversions
+        self.capabilities = capabilities_of(base) | {c.gives for c in conversions}
+        self._methods: dict[str, Callable[..., Any]] = {}
+        for conversion in conversions:
+            self._methods |= conversion.methods(self)
+        super().__init__(base.batch_shape, base.event_shape, validate_args=False)
+
+    def __getattr__(self, name: str) -> Any:
+        """Converted methods that a plain distribution does not know (`score`, `log_density`), then those of the base."""
+        methods = self.__dict__.get("_methods", {})
+        if name in methods:
+            return methods[name]
+        if "base" not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(self.base, name)
+
+    @property
+    def has_rsample(self) -> bool:  # type: ignore[override]
+        """Whether draws carry pathwise gradients."""
+        return self.base.has_rsample
+
+    @property
+    def has_enumerate_support(self) -> bool:  # type: ignore[override]
+        """Whether the support is a finite list."""
+        return self.base.has_enumerate_support
+
+    @property
+    def support(self) -> Any:
+        """The support of the base."""
+        return self.base.support
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Normalised log probability, converted if need be."""
+        return self._methods.get("log_prob", self.base.log_prob)(value)
+
+    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
+        """Draws, converted if need be."""
+        return self._methods.get("sample", self.base.sample)(sample_shape)
+
+    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
+        """Draws with pathwise gradients, converted if need be."""
+        return self._methods.get("rsample", self.base.rsample)(sample_shape)
+
+    def enumerate_support(self, expand: bool = True) -> Tensor:
+        """The values of a finite support."""
+        return self.base.enumerate_support(expand=expand)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> Converted:
+        """The same over another batch shape."""
+        return Converted(self.base.expand(batch_shape), self.conversions)
+
+
+def adapter(path: Iterable[Conversion]) -> Callable[[dist.Distribution], dist.Distribution]:
+    """One function from distribution to distribution for a whole path of conversions."""
+    steps = tuple(path)
+    return lambda distribution: Converted(distribution, steps) if steps else distribution
+
+
+@dataclass(frozen=True)
+class Conversions:
+    """The installed conversions, as a graph.
+
+    >>> has = frozenset({Capability.LOG_PROB})
+    >>> [c.name for c in Conversions().path(has, Capability.SCORE)]
+    ['density', 'autograd-score']
+    """
+
+    installed: tuple[Conversion, ...] = field(default_factory=lambda: CORE)
+
+    def __iter__(self) -> Iterator[Conversion]:
+        """The conversions."""
+        return iter(self.installed)
+
+    def named(self, name: str) -> Conversion:
+        """The conversion of that name.
+
+        Raises:
+            UnknownName: none is installed under it.
+        """
+        found = next((c for c in self if c.name == name), None)
+        if found is None:
+            raise UnknownName(f"no conversion {name!r}; installed: {', '.join(c.name for c in self)}")
+        return found
+
+    @property
+    def graph(self) -> nx.DiGraph:
+        """Capabilities and conversions as a bipartite graph: needed capability -> conversion -> given capability."""
+        graph = nx.DiGraph()
+        for c in self:
+            graph.add_node(c.name, exactness=str(c.exactness), cost=c.cost)
+            graph.add_edges_from((need, c.name) for need in c.needs)
+            graph.add_edge(c.name, c.gives)
+        return graph
+
+    def path(self, has: frozenset[Capability], wanted: Capability, via: str | None = None) -> tuple[Conversion, ...] | None:
+        """The best conversions from what is there to what is wanted: most exact first, then cheapest.
+
+        Knuth's generalisation of Dijkstra's algorithm, as a conversion may need several capabilities at once.
+
+        Args:
+            has: capabilities of the distribution.
+            wanted: the capability asked for.
+            via: a conversion that the path must end with or pass through.
+
+        Returns:
+            The conversions in order of application, empty if none is needed, None if there is no way.
+        """
+        if via is not None:
+            forced = self.named(via)
+            first = [self.path(has, need) for need in sorted(forced.needs, key=lambda c: c.value)]
+            if any(p is None for p in first):
+                return None
+            head = tuple(dict.fromkeys(c for p in first if p for c in p))
+            tail = self.path(has | {c.gives for c in head} | {forced.gives}, wanted)
+            return None if tail is None else (*head, forced, *tail)
+        if wanted in has:
+            return ()
+        ticket = itertools.count()
+        best: dict[Capability, tuple[Conversion, ...]] = {}
+        queue: list[tuple[int, float, int, Capability, tuple[Conversion, ...]]] = [(-4, 0.0, next(ticket), c, ()) for c in has]
+        heapq.heapify(queue)
+        while queue:
+            _, _, _, capability, path = heapq.heappop(queue)
+            if capability in best:
+                continue
+            best[capability] = path
+            if capability is wanted:
+                return path
+            for c in self:
+                if capability in c.needs and c.needs <= best.keys() and c.gives not in best:
+                    whole = (*dict.fromkeys(s for need in sorted(c.needs, key=lambda n: n.value) for s in best[need]), c)
+                    heapq.heappush(queue, (-min(s.exactness.strength for s in whole), sum(s.cost for s in whole), next(ticket), c.gives, whole))
+        return None
+
+
+def exactness_of(path: Iterable[Conversion]) -> Exactness:
+    """The weakest link of a path; exact if it is empty."""
+    return min((c.exactness for c in path), key=lambda e: e.strength, default=Exactness.EXACT)
+
+
+def _density(distribution: Any) -> Mapping[str, Callable[..., Any]]:
+    return {"log_density": distribution.log_prob}
+
+
+def _score(distribution: Any) -> Mapping[str, Callable[..., Any]]:
+    def score(value: Tensor) -> Tensor:
+        """Gradient of the log density with respect to the value, shape of the value."""
+        with torch.enable_grad():
+            x = value if value.requires_grad else value.detach().requires_grad_()
+            return torch.autograd.grad(distribution.log_density(x).sum(), x, create_graph=value.requires_grad)[0]
+
+    return {"score": score}
+
+
+def _table(distribution: Any) -> Tensor:
+    """Log density of every value of the support, shape [K, *batch]."""
+    values = distribution.enumerate_support(expand=True)
+    return distribution.log_density(values)
+
+
+def _exact_sum(distribution: Any) -> Mapping[str, Callable[..., Any]]:
+    def log_prob(value: Tensor) -> Tensor:
+        """Log density less the exact log sum over the support."""
+        return distribution.log_density(value) - _table(distribution).logsumexp(0)
+
+    return {"log_prob": log_prob}
+
+
+def _table_sample(distribution: Any) -> Mapping[str, Callable[..., Any]]:
+    def sample(sample_shape: Any = torch.Size()) -> Tensor:
+        """Exact draws from the table of probabilities."""
+        values = distribution.enumerate_support(expand=True)
+        index = dist.Categorical(logits=distribution.log_prob(values).movedim(0, -1)).sample(torch.Size(sample_shape))
+        index = index.reshape(index.shape + (1,) * len(distribution.event_shape)).expand(index.shape + distribution.event_shape)
+        flat = values.expand((values.shape[0], *distribution.batch_shape, *distribution.event_shape))
+        picked = torch.gather(flat, 0, index.reshape((-1, *flat.shape[1:])))
+        return picked.reshape(torch.Size(sample_shape) + distribution.batch_shape + distribution.event_shape)
+
+    return {"sample": sample}
+
+
+def _bound(distribution: Any) -> Mapping[str, Callable[..., Any]]:
+    return {"bound": distribution.log_prob}
+
+
+def _draw(distribution: Any) -> Mapping[str, Callable[..., Any]]:
+    return {"sample": lambda sample_shape=torch.Size(): distribution.base.rsample(torch.Size(sample_shape)).detach()}
+
+
+_C = Capability
+CORE = (
+    Conversion("density", frozenset({_C.LOG_PROB}), _C.LOG_DENSITY, Exactness.EXACT, 0.0, _density),
+    Conversion("bound", frozenset({_C.LOG_PROB}), _C.BOUND, Exactness.EXACT, 0.0, _bound),
+    Conversion("draw", frozenset({_C.RSAMPLE}), _C.SAMPLE, Exactness.EXACT, 0.0, _draw),
+    Conversion("autograd-score", frozenset({_C.LOG_DENSITY}), _C.SCORE, Exactness.EXACT, 1.0, _score),
+    Conversion("exact-sum", frozenset({_C.ENUMERATE, _C.LOG_DENSITY}), _C.LOG_PROB, Exactness.EXACT, 2.0, _exact_sum),
+    Conversion("table", frozenset({_C.ENUMERATE, _C.LOG_PROB}), _C.SAMPLE, Exactness.EXACT, 1.0, _table_sample),
+)
+
+
+@hookimpl
+def pgen_conversions() -> list[Conversion]:
+    """The conversions of the core, provided as any plugin provides its own."""
+    return list(CORE)

@@ -1,0 +1,277 @@
+"""A fitted program: four queries, each answered as exactly as was offered and no more; saved and loaded without code."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pgen import store
+from pgen.backend import Answers, Backend
+from pgen.capability import Estimate, Offer, Query
+from pgen.draws import Draws
+from pgen.errors import CheckpointError, Dishonest, OptionError, Unanswerable
+from pgen.history import History
+from pgen.isolation import isolated, seed_or_fresh
+from pgen.parameters import Parameters
+from pgen.problem import Data, Problem
+from pgen.structure import Structure, inspect_problem
+
+_KEEP_BYTES = 16 * 2**20  # training data up to this size is saved with the fit, so that queries without data go on working
+
+
+class Fitted:
+    """What `pgen.fit` returns: ask it with `sample`, `log_prob`, `posterior`, `marginals`.
+
+    Attributes:
+        problem: the program with the data it was fitted to.
+        structure: its structure.
+        backend: the backend that fitted it, with its options.
+        offer: which queries it answers, and how exactly.
+        seed: the seed of the fit.
+    """
+
+    def __init__(
+        self, problem: Problem, structure: Structure, backend: Backend, offer: Offer, answers: Answers, seed: int, complete: bool = True
+    ) -> None:
+        """Made by `pgen.fit` and `pgen.load`."""
+        self.problem = problem
+        self.structure = structure
+        self.backend = backend
+        self.offer = offer
+        self.seed = seed
+        self._answers = answers
+        self._complete = complete
+
+    @property
+    def history(self) -> History:
+        """Metrics per step of the training."""
+        return getattr(self._answers, "history", None) or History(seed=self.seed)
+
+    @property
+    def parameters(self) -> Mapping[str, Tensor]:
+        """The learned tensors of the program, by name (unconstrained where a `pyro.param` has a constraint)."""
+        held: Parameters | None = getattr(self._answers, "parameters", None)
+        return {} if held is None else {k: v.detach() for k, v in held.tensors.items()}
+
+    @property
+    def program(self) -> Callable[..., Any]:
+        """The program with what was learned built in: again a Pyro program, with the same sites and arguments.
+
+        Its learned tensors are fixed; latent sites keep the laws that the program gives them.
+        """
+        held: Parameters | None = getattr(self._answers, "parameters", None)
+        return self.problem.program if held is None else Learned(self.problem.program, held.frozen())
+
+    def sample(self, n: int, *, seed: int | None = None) -> dict[str, Tensor]:
+        """`n` independent draws of every site of the program, each of shape [n, ...].
+
+        Sites outside the data plate that the fit inferred are drawn from their posterior.
+        """
+        self._offered(Query.SAMPLE)
+        n = _count("n", n)
+        with isolated(seed_or_fresh(seed)), torch.no_grad():
+            values = dict(self._answers.sample(n))
+        self._check_draws(values, [s for s in self.structure.sites if not self.structure.sites[s].factor], n, "sample")
+        return values
+
+    def log_prob(self, data: Data = None, *, seed: int | None = None) -> Estimate:
+        """Log probability of data, one value per row, with how exact it is; of the fitted data if none is given.
+
+        Sites that the data leaves out are integrated over.
+
+        Raises:
+            Unanswerable: the offer does not include it.
+            DataError: the data does not meet the program.
+        """
+        self._offered(Query.LOG_PROB)
+        problem, structure = self._asked(data)
+        with isolated(seed_or_fresh(seed)), torch.no_grad():
+            estimate = self._answers.log_prob(problem, structure)
+        offered = self.offer.answers[Query.LOG_PROB]
+        if not isinstance(estimate, Estimate):
+            raise Dishonest(f"backend {self.backend.name!r} answered log_prob with {type(estimate).__name__}; expected pgen.Estimate")
+        if estimate.kind.strength > offered.strength:
+            raise Dishonest(f"backend {self.backend.name!r} offered log_prob as {offered.value!r} and answered it as {estimate.kind.value!r}")
+        expected = problem.rows or 1
+        if tuple(estimate.value.shape) != (expected,):
+            raise Dishonest(
+                f"backend {self.backend.name!r} answered log_prob with shape {tuple(estimate.value.shape)}; expected one value per row, ({expected},)"
+            )
+        return estimate
+
+    def posterior(self, data: Data = None, n: int = 1000, *, seed: int | None = None) -> Draws:
+        """`n` joint draws of every unobserved site given data, each [n, ...]; given the fitted data if none is given."""
+        self._offered(Query.POSTERIOR)
+        n = _count("n", n)
+        problem, structure = self._asked(data)
+        with isolated(seed_or_fresh(seed)), torch.no_grad():
+            drawn = self._answers.posterior(problem, structure, n)
+        self._check_draws(drawn, structure.latents, n, "posterior")
+        return drawn if isinstance(drawn, Draws) else Draws(dict(drawn))
+
+    def marginals(self, data: Data = None, *, seed: int | None = None) -> dict[str, Any]:
+        """The law of each unobserved site given data, as a Pyro distribution."""
+        self._offered(Query.MARGINALS)
+        problem, structure = self._asked(data)
+        with isolated(seed_or_fresh(seed)), torch.no_grad():
+            return dict(self._answers.marginals(problem, structure))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the fit to a folder: safetensors, JSON and checksums; nothing in it is ever executed.
+
+        Raises:
+            CheckpointError: an option or argument has no place in such a file; the message says which.
+        """
+        problem = self.problem
+        kept = self._complete and sum(v.nbytes for v in (*problem.inputs.values(), *problem.observations.values())) <= _KEEP_BYTES
+        if problem.source is not None:
+            kept, problem = False, problem.take(torch.arange(min(3, problem.rows or 0)))
+        elif not kept and problem.rows is not None:
+            problem = problem.take(torch.arange(min(3, problem.rows)))
+        tensors = {f"answers.{k}": v for k, v in self._answers.tensors().items()}
+        tensors |= {f"input.{k}": v for k, v in problem.inputs.items()}
+        tensors |= {f"observation.{k}": v for k, v in problem.observations.items()}
+        metadata = {
+            "backend": self.backend.name,
+            "options": {f.name: _plain(getattr(self.backend, f.name)) for f in fields(self.backend)},  # type: ignore[arg-type]
+            "program": self.structure.name,
+            "sites": _signature(self.structure),
+            "seed": self.seed,
+            "complete": bool(kept),
+            "positional": list(problem.positional),
+            "arguments": {"args": [_plain(a) for a in problem.args], "kwargs": {k: _plain(v) for k, v in problem.kwargs.items()}},
+            "history": self.history.to_json(),
+        }
+        store.save(path, tensors, metadata)
+
+    def _offered(self, query: Query) -> None:
+        if query not in self.offer.answers:
+            able = ", ".join(f"{q.value} ({e.value})" for q, e in self.offer.answers.items())
+            raise Unanswerable(
+                f"backend {self.backend.name!r} does not answer {query.value} for {self.structure.name}; it offered {able}. "
+                f"pgen.explain(program, data) shows who does"
+            )
+
+    def _asked(self, data: Data) -> tuple[Problem, Structure]:
+        if data is None:
+            if not self._complete:
+                raise OptionError("this fit was saved without its training data (too large); give the data that you ask about")
+            return self.problem, self.structure
+        if isinstance(data, Mapping):
+            used = {name for s in self.structure for name in s.inputs}
+            kept = {k: v for k, v in self.problem.inputs.items() if k in used and k not in data}
+            sizes = {torch.as_tensor(v).shape[:1] for v in data.values() if torch.as_tensor(v).ndim}
+            if self.problem.rows is None or all(v.shape[:1] in sizes for v in kept.values()):
+                data = {**kept, **data}
+        structure, problem = inspect_problem(self.problem.with_data(data))
+        return problem, replace(structure, conversions=self.structure.conversions)
+
+    def _check_draws(self, values: Mapping[str, Tensor], sites: Any, n: int, query: str) -> None:
+        missing = [s for s in sites if s not in values]
+        if missing:
+            raise Dishonest(f"backend {self.backend.name!r} answered {query} without site {missing[0]!r}; it must return every site of {list(sites)}")
+        for site, value in values.items():
+            if value.shape[:1] != (n,):
+                raise Dishonest(f"backend {self.backend.name!r} answered {query} at {site!r} with shape {tuple(value.shape)}; expected ({n}, ...)")
+
+    def __repr__(self) -> str:
+        """Program, backend, offer and training in a few lines."""
+        answers = ", ".join(f"{q.value}: {e.value}" for q, e in self.offer.answers.items())
+        return f"Fitted({self.structure.name} by {self.backend!r}\n  answers {answers}\n  {self.history!r})"
+
+
+class Learned:
+    """A program with learned tensors built in, fixed: a Pyro program like the one it was made from."""
+
+    pgen_fixed = True
+
+    def __init__(self, program: Callable[..., Any], parameters: Parameters) -> None:
+        """Keep both."""
+        self._program = program
+        self._parameters = parameters
+        target = program.forward if isinstance(program, torch.nn.Module) else program
+        self.__name__ = getattr(program, "__name__", type(program).__name__)
+        self.__signature__ = inspect.signature(target)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the program with the learned tensors lent to it."""
+        with self._parameters.installed():
+            return self._program(*args, **kwargs)
+
+
+def restored(
+    path: str | os.PathLike[str],
+    program: Callable[..., Any],
+    find: Callable[[str, Mapping[str, Any]], Backend],
+    fit: Callable[..., Fitted],
+    backend: Backend | None,
+    args: tuple[Any, ...] | None,
+    kwargs: Mapping[str, Any] | None,
+) -> Fitted:
+    """A saved fit, put together again: the same backend on the same structure, then the learned tensors."""
+    tensors, metadata = store.load(path)
+    where = os.fspath(path)
+    try:
+        inputs = {k.partition(".")[2]: v for k, v in tensors.items() if k.startswith("input.")}
+        observed = {k.partition(".")[2]: v for k, v in tensors.items() if k.startswith("observation.")}
+        learned = {k.partition(".")[2]: v for k, v in tensors.items() if k.startswith("answers.")}
+        positional = metadata["positional"]
+        data = tuple(inputs[k] for k in positional) if positional else ({**inputs, **observed} or None)
+        options, name = metadata["options"], metadata["backend"]
+        saved_args, saved_kwargs = metadata["arguments"]["args"], metadata["arguments"]["kwargs"]
+        signature, seed = metadata["sites"], int(metadata["seed"])
+        history, complete = History.from_json(metadata["history"]), bool(metadata["complete"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{where} is no saved fit: {type(error).__name__} {error} in its metadata; expected what fitted.save wrote") from error
+    for what, given, saved in (("args", args, saved_args), ("kwargs", kwargs, saved_kwargs)):
+        lost = [v for v in (saved.values() if isinstance(saved, dict) else saved) if _lost(v)]
+        if lost and given is None:
+            raise CheckpointError(f"{where}: the fit was given {lost[0]['object']} in {what}, which a file cannot hold; give it again: pgen.load(path, program, {what}=...)")
+    if backend is None:
+        lost_options = [k for k, v in options.items() if _lost(v)]
+        if lost_options:
+            raise CheckpointError(
+                f"{where}: option {lost_options[0]!r} of backend {name!r} was {options[lost_options[0]]['object']}, which a file cannot hold; "
+                f"give the backend again: pgen.load(path, program, backend=pgen.backend({name!r}, {lost_options[0]}=...))"
+            )
+        backend = find(name, {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
+    elif backend.name != name:
+        raise CheckpointError(f"{where} was fitted by backend {name!r}, not {backend.name!r}")
+    fitted = fit(program, data, backend, args=tuple(saved_args) if args is None else args, kwargs=saved_kwargs if kwargs is None else kwargs, seed=seed)
+    if _signature(fitted.structure) != signature:
+        raise CheckpointError(f"{where} holds a fit of the sites {signature}, but this program has {_signature(fitted.structure)}; load with the program that was fitted")
+    fitted._answers.load(learned)
+    fitted._answers.history = history
+    fitted._complete = complete
+    return fitted
+
+
+def _count(name: str, n: Any) -> int:
+    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+        raise OptionError(f"{name} is {n!r}; expected a whole number of draws, at least 1")
+    return n
+
+
+def _signature(structure: Structure) -> dict[str, list[Any]]:
+    return {s.name: [s.distribution, list(s.event_shape), s.observed] for s in structure}
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON holds it; what JSON cannot hold is named, to be given again at loading."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (list, tuple)) and all(not _lost(_plain(v)) for v in value):
+        return [_plain(v) for v in value]
+    if isinstance(value, Mapping) and all(isinstance(k, str) and not _lost(_plain(v)) for k, v in value.items()):
+        return {k: _plain(v) for k, v in value.items()}
+    return {"object": f"{type(value).__module__}.{type(value).__qualname__}", "lost": True}
+
+
+def _lost(value: Any) -> bool:
+    return isinstance(value, Mapping) and value.get("lost") is True

@@ -1,0 +1,134 @@
+"""Where problem, structure, backend and run meet: `fit`, `explain`, `load`."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+
+from pgen.backend import Backend
+from pgen.capability import Offer
+from pgen.choice import Explanation, choose, examine, refusal_text
+from pgen.conversion import Conversions, adapter
+from pgen.errors import OptionError, Refused
+from pgen.fitted import Fitted, restored
+from pgen.isolation import isolated, seed_or_fresh
+from pgen.problem import Data, Problem
+from pgen.registry import Registry
+from pgen.run import Run
+from pgen.structure import Structure, inspect_problem
+
+
+def fit(
+    program: Callable[..., Any],
+    data: Data = None,
+    backend: str | Backend | None = None,
+    *,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    run: Run | None = None,
+    seed: int | None = None,
+) -> Fitted:
+    """Fit a program to data by a backend.
+
+    Args:
+        program: any Pyro program.
+        data: a mapping (keys name arguments or sites), a tensor or tuple (positional arguments), a torch Dataset or
+            DataLoader of those, or None. Tensors share their leading dimension, the rows.
+        backend: a registered name, a backend with options (`pgen.backend(name, ...)`), or None to choose.
+        args: positional arguments passed to the program unchanged, never batched.
+        kwargs: keyword arguments passed to the program unchanged, never batched.
+        run: steps, batches, device, optimiser; defaults suit small problems.
+        seed: makes everything repeatable; None takes fresh entropy, recorded in `fitted.seed`.
+
+    Raises:
+        DataError: the data does not meet the program.
+        ProgramError: the program raises.
+        Refused: the backend cannot serve the program (its `refusal` names site and missing property).
+        UnknownName: no such backend.
+    """
+    run = run or Run()
+    problem = Problem.of(program, data, args, kwargs)
+    if run.device is not None or run.precision == "float64":
+        problem = problem.to(run.device, torch.float64 if run.precision == "float64" else None)
+    structure, problem = _inspected(problem)
+    if isinstance(backend, str):
+        chosen: Backend = make_backend(backend)
+    elif backend is None:
+        chosen = choose(structure, _installed())
+    else:
+        chosen = backend
+    offer = chosen.examine(structure)
+    if not isinstance(offer, Offer):
+        raise Refused(f"backend {chosen.name!r} cannot fit {structure.name}: {refusal_text(offer)}", offer)
+    seed = seed_or_fresh(run.seed if seed is None else seed)
+    adapters = {site: adapter(structure.conversions.named(c) for c in path) for site, path in offer.paths.items()}
+    problem = replace(problem, adapters=adapters)
+    with isolated(seed):
+        answers = chosen.fit(problem, structure, replace(run, seed=seed))
+    return Fitted(problem, structure, chosen, offer, answers, seed)
+
+
+def explain(
+    program: Callable[..., Any], data: Data = None, *, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+) -> Explanation:
+    """What every installed backend would answer about a program, or which site lacks what: prints as a table."""
+    structure, _ = _inspected(Problem.of(program, data, args, kwargs))
+    return examine(structure, _installed())
+
+
+def make_backend(name: str, **options: Any) -> Backend:
+    """A backend by its registered name, with options: `pgen.backend("variational", particles=8)`.
+
+    Raises:
+        UnknownName: no backend of that name is installed.
+        OptionError: it has no such option.
+    """
+    kind = Registry.installed().backend(name)
+    known = [f.name for f in fields(kind) if f.init]  # type: ignore[arg-type]
+    for option in options:
+        if option not in known:
+            close = difflib.get_close_matches(option, known, 1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise OptionError(f"backend {name!r} has no option {option!r}; {hint}Its options: {', '.join(known) or 'none'}")
+    return kind(**options)
+
+
+def load(
+    path: str | os.PathLike[str],
+    program: Callable[..., Any],
+    *,
+    backend: Backend | None = None,
+    args: tuple[Any, ...] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+) -> Fitted:
+    """Load what `fitted.save(path)` wrote; names in the file resolve only among installed backends.
+
+    Args:
+        path: the folder.
+        program: the program that was fitted.
+        backend: the backend, where one of its options (such as a guide) could not be saved.
+        args: positional arguments of the program, where they could not be saved.
+        kwargs: keyword arguments, likewise.
+
+    Raises:
+        CheckpointError: missing, truncated or altered files, or another program.
+    """
+    return restored(path, program, lambda name, options: make_backend(name, **options), _unlearned, backend, args, kwargs)
+
+
+def _unlearned(program: Callable[..., Any], data: Data, backend: Backend, **options: Any) -> Fitted:
+    return fit(program, data, backend, run=Run(steps=0, progress=False), **options)
+
+
+def _installed() -> list[Backend]:
+    return [kind() for kind in Registry.installed().backends.values()]
+
+
+def _inspected(problem: Problem) -> tuple[Structure, Problem]:
+    structure, problem = inspect_problem(problem)
+    return replace(structure, conversions=Conversions(Registry.installed().conversions)), problem
