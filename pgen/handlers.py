@@ -72,7 +72,8 @@ class ScaleRows(Messenger):
         self.factor = factor
 
     def _pyro_sample(self, msg: Any) -> None:
-        if any(frame.name in self.plates for frame in msg["cond_indep_stack"]):
+        # A plate that subsamples scales its sites itself.
+        if any(f.name in self.plates and f.full_size in (None, f.size) for f in msg["cond_indep_stack"]):
             msg["scale"] = msg["scale"] * self.factor
 
 

@@ -9,7 +9,7 @@ Where a value leaves torch (`.item()`, a branch, `.numpy()`), nobody can follow:
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 Marks = dict[str, "bool | Tensor"]  # label -> True (every element) or a mask shaped like the tensor
 
@@ -131,8 +131,12 @@ class Provenance:
 
 
 _OVERWRITES = {"copy_", "fill_", "zero_", "normal_", "uniform_", "random_", "bernoulli_", "exponential_", "geometric_", "cauchy_", "log_normal_"}
-_MOVES = {"cat", "stack", "clone", "index", "index_select", "gather", "repeat", "flip", "roll", "index_put_", "index_put", "masked_select",
-          "constant_pad_nd", "_unsafe_view", "select_scatter", "slice_scatter", "_reshape_copy", "take", "tril", "triu"}  # fmt: skip
+_MOVES: dict[str, tuple[int, ...]] = {  # operations that only move data, and the positions of the arguments that they move
+    **dict.fromkeys(("cat", "stack", "clone", "index", "index_select", "gather", "repeat", "flip", "roll", "masked_select"), (0,)),
+    **dict.fromkeys(("constant_pad_nd", "_unsafe_view", "_reshape_copy", "take", "tril", "triu"), (0,)),
+    **dict.fromkeys(("select_scatter", "slice_scatter"), (0, 1)),
+    "index_put": (0, 2),
+}
 
 
 class _Operations(TorchDispatchMode):
@@ -173,7 +177,7 @@ class _Operations(TorchDispatchMode):
         for result in tree_leaves(out):
             if isinstance(result, Tensor) and _address(result) not in addresses:
                 if name in _MOVES:
-                    p.write(result, _moved(func, args, kwargs, before, result))
+                    p.write(result, _moved(func, args, kwargs, before, name))
                 elif _is_pointwise(func) or name in ("_to_copy", "clone"):
                     p.write(result, _pointwise(inputs, before, result))
                 else:
@@ -278,22 +282,22 @@ def _pointwise(tensors: Iterable[Tensor], before: Mapping[int, Marks], like: Ten
     return {k: m if m is True else torch.as_tensor(m).expand(like.shape) for k, m in found.items()}
 
 
-def _moved(func: Callable[..., Any], args: Any, kwargs: Any, before: Mapping[int, Marks], like: Tensor) -> Marks:
+def _moved(func: Any, args: Any, kwargs: Any, before: Mapping[int, Marks], name: str) -> Marks:
     """The operation only moves data: do the same to the masks. Indices add their labels to everything."""
-    tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-    movable = [t for t in tensors if t.dtype == like.dtype]
-    found = _union([t for t in tensors if t.dtype != like.dtype], before)
-    for label in {k for t in movable for k in before[id(t)]} - set(found):
+    data = [t for i in _MOVES[name] for t in tree_leaves(args[i]) if isinstance(t, Tensor)]
+    rest = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and all(t is not d for d in data)]
+    found = _union(rest, before)
+    for label in {k for t in data for k in before[id(t)]} - set(found):
 
         def mask_of(leaf: Any, label: str = label) -> Any:
-            if not isinstance(leaf, Tensor) or leaf.dtype != like.dtype:
+            if not isinstance(leaf, Tensor):
                 return leaf
             mark = before[id(leaf)].get(label, False)
             return mark if isinstance(mark, Tensor) else torch.full(leaf.shape, bool(mark), device=leaf.device)
 
-        masks = torch.utils._pytree.tree_map(mask_of, (args, kwargs))
+        masks = [tree_map(mask_of, a) if i in _MOVES[name] else a for i, a in enumerate(args)]
         try:
-            found[label] = func(*masks[0], **masks[1])
+            found[label] = func(*masks, **kwargs)
         except (RuntimeError, TypeError):
             found[label] = True
     return found

@@ -427,13 +427,18 @@ def _check_value(name: str, fn: Any, value: Tensor) -> None:
             f"{tuple(expected)} (batch {tuple(fn.batch_shape)} + event {tuple(fn.event_shape)}); put the statement inside "
             "pyro.plate('data', n) with n the number of rows, or reshape the data"
         )
+    if vars(_base(fn)).get("_validate_args") is False:  # the program says that it knows better
+        return
+    support = _support(fn)
+    while isinstance(support, torch.distributions.constraints.independent):
+        support = support.base_constraint
     try:
-        inside = fn.support.check(value)
+        inside = support.check(value)
     except (NotImplementedError, AttributeError):
         return
     if not bool(inside.all()):
         bad = tuple((~inside).nonzero()[0].tolist())
         raise DataError(
-            f"site {name!r}: observed value {value[bad].tolist() if value.ndim else value.item()} at index {bad} lies outside the support "
-            f"{fn.support} of {type(_base(fn)).__name__}; give values inside it, or change the distribution at that site"
+            f"site {name!r}: observed value {value[bad].tolist()} at index {bad} lies outside the support "
+            f"{support} of {type(_base(fn)).__name__}; give values inside it, or change the distribution at that site"
         )
