@@ -134,6 +134,9 @@ class Problem:
                 f"{_name(self.program)} still needs {', '.join(map(repr, required))}; give them in the data (batched by rows), in args=(...) "
                 "or kwargs={...} (passed unchanged); a single open argument is given the number of rows"
             )
+        size = next((n for n in free if n in required or n == "n"), None)
+        if rows is None and size is not None and size in required:
+            rows = 1  # no data: one example, as long as nobody asks for more
         return replace(
             self,
             inputs=inputs,
@@ -143,7 +146,7 @@ class Problem:
             total=rows,
             positional=positional,
             missing=frozenset(k for k, v in observations.items() if v.is_floating_point() and bool(torch.isnan(v).any())),
-            size_name=next((n for n in free if n in required or n == "n"), None),
+            size_name=size,
         )
 
     def take(self, index: Tensor) -> Problem:

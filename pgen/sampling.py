@@ -77,6 +77,8 @@ def vectorizes(problem: Problem, structure: Structure) -> bool:
             torch.manual_seed(1)
             both = poutine.trace(particles(probe, structure, 2)).get_trace()
             both.compute_log_prob(has_density)
+            if any(len(both.nodes[s]["fn"].batch_shape) > structure.nesting + 1 for s in structure.sites):
+                return False
             for k in range(2):
                 values = {s: split(both.nodes[s]["value"], structure, s)[k] for s in structure.latents}
                 single = poutine.trace(Substitute(values)(probe)).get_trace()
