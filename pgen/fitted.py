@@ -28,6 +28,9 @@ _KEEP_BYTES = 16 * 2**20  # training data up to this size is saved with the fit,
 class Fitted:
     """What `pgen.fit` returns: ask it with `sample`, `log_prob`, `posterior`, `marginals`.
 
+    All four are about one joint law: the program with what was learned built in. Latent sites keep the laws that the
+    program gives them; `posterior` and `marginals` condition on data, `log_prob` integrates over what the data leaves out.
+
     Attributes:
         problem: the program with the data it was fitted to.
         structure: its structure.
@@ -69,9 +72,9 @@ class Fitted:
         return self.problem.program if held is None else Learned(self.problem.program, held.frozen())
 
     def sample(self, n: int, *, seed: int | None = None) -> dict[str, Tensor]:
-        """`n` independent draws of every site of the program, each of shape [n, ...].
+        """`n` independent joint draws of every site of the program, each of shape [n, ...].
 
-        Sites outside the data plate that the fit inferred are drawn from their posterior.
+        A site inside the data plate contributes one row per draw.
         """
         self._offered(Query.SAMPLE)
         n = _count("n", n)
@@ -81,9 +84,10 @@ class Fitted:
         return values
 
     def log_prob(self, data: Data = None, *, seed: int | None = None) -> Estimate:
-        """Log probability of data, one value per row, with how exact it is; of the fitted data if none is given.
+        """Marginal log probability of data, with how exact it is; of the fitted data if none is given.
 
-        Sites that the data leaves out are integrated over.
+        Sites that the data leaves out are integrated over. One value per row, shape [rows]; a single one, shape [1],
+        where a latent site outside the data plate ties the rows together, or where there are no rows.
 
         Raises:
             Unanswerable: the offer does not include it.
@@ -98,10 +102,11 @@ class Fitted:
             raise Dishonest(f"backend {self.backend.name!r} answered log_prob with {type(estimate).__name__}; expected pgen.Estimate")
         if estimate.kind.strength > offered.strength:
             raise Dishonest(f"backend {self.backend.name!r} offered log_prob as {offered.value!r} and answered it as {estimate.kind.value!r}")
-        expected = problem.rows or 1
+        tied = not structure.data_plates or any(not structure.local(s) for s in structure.latents)
+        expected = 1 if tied else problem.rows or 1
         if tuple(estimate.value.shape) != (expected,):
             raise Dishonest(
-                f"backend {self.backend.name!r} answered log_prob with shape {tuple(estimate.value.shape)}; expected one value per row, ({expected},)"
+                f"backend {self.backend.name!r} answered log_prob with shape {tuple(estimate.value.shape)}; expected ({expected},)"
             )
         return estimate
 
