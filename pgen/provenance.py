@@ -40,14 +40,12 @@ class _Storage:
 class Provenance:
     """Follow labels through torch operations: `with provenance: ...`, then `mark`, `labels` and `leaks`.
 
-    >>> p = Provenance()
+    >>> a, out, p = torch.ones(2), torch.zeros(2), Provenance()
+    >>> p.mark(a, "a")
     >>> with p:
-    ...     a, b = torch.ones(2), torch.ones(2)
-    ...     p.mark(a, "a"), p.mark(b, "b")
-    ...     out = torch.zeros(2)
     ...     out[0] = a[1]
-    (None, None)
-    >>> sorted(p.labels(out)), sorted(p.labels(out[1])), sorted(p.labels(out * b))
+    ...     twice = out * 2
+    >>> sorted(p.labels(out)), sorted(p.labels(out[1])), sorted(p.labels(twice))
     (['a'], [], ['a'])
     """
 
@@ -104,7 +102,7 @@ class Provenance:
         if whole and not keep:
             stored.marks = {k: True if m is True else torch.as_tensor(m).expand(tensor.shape).reshape(-1).clone() for k, m in marks.items()}
             return
-        for label in [*stored.marks, *marks]:
+        for label in marks if keep else [*stored.marks, *marks]:
             old = stored.marks.get(label, False)
             new = marks.get(label, False)
             if old is True and (keep or new is True):
@@ -185,25 +183,17 @@ class _Operations(TorchDispatchMode):
         return out
 
     def _index_put(self, target: Tensor, args: Any, before: Mapping[int, Marks]) -> None:
-        """`target[indices] = values`: only the elements written to change their marks."""
+        """`target[indices] = values`: only the elements that are written to change their marks."""
         indices, values = args[1], args[2]
-        accumulate = bool(args[3]) if len(args) > 3 else False
-        p = self.provenance
-        by_index = _union([i for i in indices if isinstance(i, Tensor)], before)
-        old = p.read(target)
-        for label in {*before[id(values)], *old}:
-            mark = old.get(label, False)
-            mask = mark.clone() if isinstance(mark, Tensor) else torch.full(target.shape, bool(mark), device=target.device)
-            new = before[id(values)].get(label, False)
-            filler = torch.as_tensor(new, device=target.device)
-            filler = filler.expand(values.shape) if isinstance(new, Tensor) else filler
-            if not accumulate or bool(filler.any()):
-                mask.index_put_(tuple(indices), filler)
-            p.write(target, {label: mask}, keep=True)
-            if not accumulate:
-                p.write(target, {**p.read(target), label: mask} if bool(mask.any()) else {k: v for k, v in p.read(target).items() if k != label})
-        if by_index:
-            p.write(target, by_index, keep=True)
+        old, new = before[id(target)], before[id(values)]
+        marks: Marks = {}
+        for label in {*old, *new}:
+            mask = _mask(old.get(label, False), target)
+            was = mask.clone()
+            mask.index_put_(tuple(indices), _mask(new.get(label, False), values))
+            marks[label] = mask | was if len(args) > 3 and args[3] else mask
+        self.provenance.write(target, marks)
+        self.provenance.write(target, _union([i for i in indices if isinstance(i, Tensor)], before), keep=True)
 
 
 class _Functions(TorchFunctionMode):
@@ -282,6 +272,11 @@ def _pointwise(tensors: Iterable[Tensor], before: Mapping[int, Marks], like: Ten
     return {k: m if m is True else torch.as_tensor(m).expand(like.shape) for k, m in found.items()}
 
 
+def _mask(mark: bool | Tensor, like: Tensor) -> Tensor:
+    """A mark as a mask of its own."""
+    return mark.clone() if isinstance(mark, Tensor) else torch.full(like.shape, mark, device=like.device)
+
+
 def _moved(func: Any, args: Any, kwargs: Any, before: Mapping[int, Marks], name: str) -> Marks:
     """The operation only moves data: do the same to the masks. Indices add their labels to everything."""
     data = [t for i in _MOVES[name] for t in tree_leaves(args[i]) if isinstance(t, Tensor)]
@@ -292,8 +287,7 @@ def _moved(func: Any, args: Any, kwargs: Any, before: Mapping[int, Marks], name:
         def mask_of(leaf: Any, label: str = label) -> Any:
             if not isinstance(leaf, Tensor):
                 return leaf
-            mark = before[id(leaf)].get(label, False)
-            return mark if isinstance(mark, Tensor) else torch.full(leaf.shape, bool(mark), device=leaf.device)
+            return _mask(before[id(leaf)].get(label, False), leaf)
 
         masks = [tree_map(mask_of, a) if i in _MOVES[name] else a for i, a in enumerate(args)]
         try:
