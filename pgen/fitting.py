@@ -16,7 +16,7 @@ from pgen.choice import Explanation, choose, examine, refusal_text
 from pgen.conversion import Conversions, adapter
 from pgen.errors import OptionError, Refused
 from pgen.fitted import Fitted, restored
-from pgen.isolation import isolated, seed_or_fresh
+from pgen.isolation import isolated
 from pgen.problem import Data, Problem
 from pgen.registry import Registry
 from pgen.run import Run
@@ -43,7 +43,7 @@ def fit(
         args: positional arguments passed to the program unchanged, never batched.
         kwargs: keyword arguments passed to the program unchanged, never batched.
         run: steps, batches, device, optimiser; defaults suit small problems.
-        seed: makes everything repeatable; None takes fresh entropy, recorded in `fitted.seed`.
+        seed: makes everything repeatable; None takes that of the run. Recorded in `fitted.seed`.
 
     Raises:
         DataError: the data does not meet the program.
@@ -65,7 +65,7 @@ def fit(
     offer = chosen.examine(structure)
     if not isinstance(offer, Offer):
         raise Refused(f"backend {chosen.name!r} cannot fit {structure.name}: {refusal_text(offer)}", offer)
-    seed = seed_or_fresh(run.seed if seed is None else seed)
+    seed = run.seed if seed is None else int(seed)
     adapters = {site: adapter(structure.conversions.named(c) for c in path) for site, path in offer.paths.items()}
     problem = replace(problem, adapters=adapters)
     with isolated(seed):
