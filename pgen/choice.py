@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pgen.backend import Backend
+from pgen.protocols import Backend
 from pgen.capability import Capability, Offer, Query, Refusal
 from pgen.conversion import Conversion
 from pgen.errors import OptionError, Refused
@@ -146,8 +146,19 @@ class Explanation:
 
 def examine(structure: Structure, backends: Sequence[Backend]) -> Explanation:
     """Ask every backend; the best offer comes first."""
-    rows = [Row(b.name, b.examine(structure)) for b in backends]
+    rows = [Row(b.name, _asked(b, structure)) for b in backends]
     return Explanation(structure, tuple(sorted(rows, key=lambda r: (*(-x for x in _merit(r.answer)), r.backend))))
+
+
+def _asked(backend: Backend, structure: Structure) -> Offer | Refusal:
+    """A backend's answer; one that cannot answer keeps nobody from asking the others."""
+    try:
+        answer = backend.examine(structure)
+    except Exception as error:  # a stranger's code
+        return Refusal(None, "an answer", f"its examine raised {type(error).__name__}: {error}")
+    if not isinstance(answer, (Offer, Refusal)):
+        return Refusal(None, "an answer", f"its examine returned {type(answer).__name__}, not an Offer or a Refusal")
+    return answer
 
 
 def choose(structure: Structure, backends: Sequence[Backend]) -> Backend:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pgen.backend import Backend
+from pgen.protocols import Backend
 from pgen.capability import Estimate, Query
 from pgen.choice import refusal_text
 from pgen.errors import DataError, MeasureError, Refused

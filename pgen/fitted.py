@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pgen import store
-from pgen.backend import Answers, Backend
+from pgen.protocols import Answers, Backend
 from pgen.capability import Estimate, Offer, Query
 from pgen.draws import Draws
 from pgen.errors import CheckpointError, Dishonest, OptionError, Unanswerable

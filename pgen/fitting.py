@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from pgen.backend import Backend
+from pgen.protocols import Backend
 from pgen.capability import Offer
 from pgen.choice import Explanation, choose, examine, refusal_text
 from pgen.conversion import Conversions, adapter

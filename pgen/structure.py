@@ -208,11 +208,14 @@ class _Inspected:
 
 def _inspect(problem: Problem, follow: bool) -> _Inspected:
     watch = _Watch(problem, Provenance() if follow else None)
+    at: _Progress = _Progress()
     try:
         with torch.random.fork_rng(), torch.no_grad(), pyro.validation_enabled(True), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             torch.manual_seed(0)
-            parameters = Parameters.of(problem)
+            with at:
+                parameters = Parameters.of(problem)
+            at = watch
             with parameters.installed(), watch:
                 if watch.provenance is None:
                     problem()
@@ -226,8 +229,7 @@ def _inspect(problem: Problem, follow: bool) -> _Inspected:
     except PgenError:
         raise
     except Exception as error:
-        after = f"at site {watch.current!r}" if watch.current else ("after site " + repr(watch.last) if watch.last else "before its first site")
-        raise ProgramError(f"{_name(problem.program)} raised {type(error).__name__} {after}: {error}") from error
+        raise ProgramError(f"{_name(problem.program)} raised {type(error).__name__} {at}: {error}") from error
     unknown = [k for k in problem.observations if k not in watch.sites]
     if unknown:
         from_data = [k for k in (*problem.inputs, problem.size_name) if k]
@@ -272,7 +274,27 @@ def _structure(run: _Inspected, problem: Problem, data_plates: tuple[str, ...]) 
     )
 
 
-class _Watch(Messenger):
+class _Progress(Messenger):
+    """Knows which site a run has reached."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.current = ""
+        self.last = ""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        self.current = msg["name"]
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        self.last, self.current = msg["name"], ""
+
+    def __str__(self) -> str:
+        if self.current:
+            return f"at site {self.current!r}"
+        return f"after site {self.last!r}" if self.last else "before its first site"
+
+
+class _Watch(_Progress):
     """Records every site of a run, and gives each value a label of its own."""
 
     def __init__(self, problem: Problem, provenance: Provenance | None) -> None:
@@ -282,19 +304,25 @@ class _Watch(Messenger):
         self.sites: dict[str, Site] = {}
         self.plates: dict[str, Plate] = {}
         self.uncertain: dict[str, frozenset[str]] = {}
-        self.current = ""
-        self.last = ""
-
-    def _pyro_sample(self, msg: Any) -> None:
-        self.current = msg["name"]
 
     def _pyro_post_param(self, msg: Any) -> None:
-        if self.provenance is not None and isinstance(msg["value"], Tensor) and "$$$" not in msg["name"]:
-            self.provenance.write(msg["value"], {f"param:{msg['name']}": True}, keep=True)
+        value = msg["value"]
+        if self.provenance is None or not isinstance(value, Tensor) or "$$$" in msg["name"]:
+            return
+        if not _only(self._labels(value), "param"):  # one that is met for the first time
+            self.provenance.write(value, {f"param:{msg['name']}": True}, keep=True)
 
     def _pyro_post_sample(self, msg: Any) -> None:
+        self._record(msg)
+        super()._pyro_post_sample(msg)
+
+    def _record(self, msg: Any) -> None:
         fn, value, name = msg["fn"], msg["value"], msg["name"]
-        self.last, self.current = name, ""
+        if name in self.sites:
+            raise ProgramError(
+                f"{_name(self.problem.program)} has two sites named {name!r}; give every pyro.sample statement a name of its own, "
+                f"in a loop for example f'{name}_{{i}}'"
+            )
         if type(fn).__name__ == "_Subsample":
             return
         for frame in msg["cond_indep_stack"]:
@@ -354,6 +382,13 @@ class _Watch(Messenger):
                 labels |= self._labels(density(value))
             except NotImplementedError:
                 capabilities, density = capabilities - {Capability.LOG_PROB, Capability.LOG_DENSITY}, None
+            except RuntimeError as error:
+                if not msg["is_observed"] or value.is_floating_point():
+                    raise
+                raise DataError(
+                    f"site {msg['name']!r}: {type(_base(fn)).__name__} cannot take the observed values, which are {value.dtype} "
+                    f"({error}); give them as floating-point numbers: data.float()"
+                ) from error
         if msg["is_observed"]:
             labels -= {f"site:{msg['name']}"} | {f"input:{k}" for k in self.problem.inputs} - self._input_labels(fn)
             if density is None and Capability.SAMPLE in capabilities:
