@@ -14,7 +14,7 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pgen.capability import Capability, capabilities_of
+from pgen.capability import Capability, Measure, capabilities_of
 from pgen.conversion import Conversions
 from pgen.errors import DataError, PgenError, ProgramError
 from pgen.parameters import Parameters
@@ -122,7 +122,7 @@ class Structure:
         return max([0, *(len(s.batch_shape) for s in self.sites.values()), *(-p.dim for p in self.plates.values())])
 
     @property
-    def measure(self) -> str:
+    def measure(self) -> Measure:
         """What log probabilities of the observed sites are: of a "mass", a "density", or "mixed"."""
         kinds = {self.sites[n].discrete for n in self.observed}
         return "mixed" if len(kinds) == 2 else ("mass" if kinds == {True} else "density")
