@@ -239,6 +239,10 @@ def _bound(distribution: Any) -> Mapping[str, Callable[..., Any]]:
     return {"bound": distribution.log_prob}
 
 
+def _bound_for_log_prob(distribution: Any) -> Mapping[str, Callable[..., Any]]:
+    return {"log_prob": distribution.bound}
+
+
 def _draw(distribution: Any) -> Mapping[str, Callable[..., Any]]:
     return {"sample": lambda sample_shape=torch.Size(): distribution.base.rsample(torch.Size(sample_shape)).detach()}
 
@@ -247,6 +251,7 @@ _C = Capability
 CORE = (
     Conversion("density", frozenset({_C.LOG_PROB}), _C.LOG_DENSITY, Exactness.EXACT, 0.0, _density),
     Conversion("bound", frozenset({_C.LOG_PROB}), _C.BOUND, Exactness.EXACT, 0.0, _bound),
+    Conversion("bound-for-log-prob", frozenset({_C.BOUND}), _C.LOG_PROB, Exactness.LOWER_BOUND, 1.0, _bound_for_log_prob),
     Conversion("draw", frozenset({_C.RSAMPLE}), _C.SAMPLE, Exactness.EXACT, 0.0, _draw),
     Conversion("autograd-score", frozenset({_C.LOG_DENSITY}), _C.SCORE, Exactness.EXACT, 1.0, _score),
     Conversion("exact-sum", frozenset({_C.ENUMERATE, _C.LOG_DENSITY}), _C.LOG_PROB, Exactness.EXACT, 2.0, _exact_sum),

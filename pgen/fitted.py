@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields, replace
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -40,7 +42,14 @@ class Fitted:
     """
 
     def __init__(
-        self, problem: Problem, structure: Structure, backend: Backend, offer: Offer, answers: Answers, seed: int, complete: bool = True
+        self,
+        problem: Problem,
+        structure: Structure,
+        backend: Backend,
+        offer: Offer,
+        answers: Answers,
+        seed: int,
+        precision: str | None = None,
     ) -> None:
         """Made by `pgen.fit` and `pgen.load`."""
         self.problem = problem
@@ -49,7 +58,8 @@ class Fitted:
         self.offer = offer
         self.seed = seed
         self._answers = answers
-        self._complete = complete
+        self._precision = precision
+        self._complete = True
 
     @property
     def history(self) -> History:
@@ -78,7 +88,7 @@ class Fitted:
         """
         self._offered(Query.SAMPLE)
         n = _count("n", n)
-        with isolated(seed_or_fresh(seed)), torch.no_grad():
+        with self._isolated(seed):
             values = dict(self._answers.sample(n))
         self._check_draws(values, [s for s in self.structure.sites if not self.structure.sites[s].factor], n, "sample")
         return values
@@ -94,8 +104,8 @@ class Fitted:
             DataError: the data does not meet the program.
         """
         self._offered(Query.LOG_PROB)
-        problem, structure = self._asked(data)
-        with isolated(seed_or_fresh(seed)), torch.no_grad():
+        with self._isolated(seed):
+            problem, structure = self._asked(data)
             estimate = self._answers.log_prob(problem, structure)
         offered = self.offer.answers[Query.LOG_PROB]
         if not isinstance(estimate, Estimate):
@@ -114,8 +124,8 @@ class Fitted:
         """`n` joint draws of every unobserved site given data, each [n, ...]; given the fitted data if none is given."""
         self._offered(Query.POSTERIOR)
         n = _count("n", n)
-        problem, structure = self._asked(data)
-        with isolated(seed_or_fresh(seed)), torch.no_grad():
+        with self._isolated(seed):
+            problem, structure = self._asked(data)
             drawn = self._answers.posterior(problem, structure, n)
         self._check_draws(drawn, structure.latents, n, "posterior")
         return drawn if isinstance(drawn, Draws) else Draws(dict(drawn))
@@ -123,8 +133,8 @@ class Fitted:
     def marginals(self, data: Data = None, *, seed: int | None = None) -> dict[str, Any]:
         """The law of each unobserved site given data, as a Pyro distribution."""
         self._offered(Query.MARGINALS)
-        problem, structure = self._asked(data)
-        with isolated(seed_or_fresh(seed)), torch.no_grad():
+        with self._isolated(seed):
+            problem, structure = self._asked(data)
             return dict(self._answers.marginals(problem, structure))
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -148,12 +158,18 @@ class Fitted:
             "program": self.structure.name,
             "sites": _signature(self.structure),
             "seed": self.seed,
+            "precision": self._precision,
             "complete": bool(kept),
             "positional": list(problem.positional),
             "arguments": {"args": [_plain(a) for a in problem.args], "kwargs": {k: _plain(v) for k, v in problem.kwargs.items()}},
             "history": self.history.to_json(),
         }
         store.save(path, tensors, metadata)
+
+    @contextmanager
+    def _isolated(self, seed: int | None) -> Iterator[None]:
+        with isolated(seed_or_fresh(seed), self._precision), torch.no_grad():
+            yield
 
     def _offered(self, query: Query) -> None:
         if query not in self.offer.answers:
@@ -174,7 +190,9 @@ class Fitted:
             sizes = {torch.as_tensor(v).shape[:1] for v in data.values() if torch.as_tensor(v).ndim}
             if self.problem.rows is None or all(v.shape[:1] in sizes for v in kept.values()):
                 data = {**kept, **data}
-        structure, problem = inspect_problem(self.problem.with_data(data))
+        asked = self.problem.with_data(data)
+        asked = asked.to(self.problem.device, torch.float64 if self._precision == "float64" else None)
+        structure, problem = inspect_problem(asked)
         return problem, replace(structure, conversions=self.structure.conversions)
 
     def _check_draws(self, values: Mapping[str, Tensor], sites: Any, n: int, query: str) -> None:
@@ -232,6 +250,7 @@ def restored(
         saved_args, saved_kwargs = metadata["arguments"]["args"], metadata["arguments"]["kwargs"]
         signature, seed = metadata["sites"], int(metadata["seed"])
         history, complete = History.from_json(metadata["history"]), bool(metadata["complete"])
+        precision = metadata["precision"]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{where} is no saved fit: {type(error).__name__} {error} in its metadata; expected what fitted.save wrote") from error
     for what, given, saved in (("args", args, saved_args), ("kwargs", kwargs, saved_kwargs)):
@@ -248,7 +267,7 @@ def restored(
         backend = find(name, {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
     elif backend.name != name:
         raise CheckpointError(f"{where} was fitted by backend {name!r}, not {backend.name!r}")
-    fitted = fit(program, data, backend, args=tuple(saved_args) if args is None else args, kwargs=saved_kwargs if kwargs is None else kwargs, seed=seed)
+    fitted = fit(program, data, backend, args=tuple(saved_args) if args is None else args, kwargs=saved_kwargs if kwargs is None else kwargs, seed=seed, precision=precision)
     if _signature(fitted.structure) != signature:
         raise CheckpointError(f"{where} holds a fit of the sites {signature}, but this program has {_signature(fitted.structure)}; load with the program that was fitted")
     fitted._answers.load(learned)
@@ -258,9 +277,9 @@ def restored(
 
 
 def _count(name: str, n: Any) -> int:
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+    if isinstance(n, bool) or not isinstance(n, Integral) or n < 1:
         raise OptionError(f"{name} is {n!r}; expected a whole number of draws, at least 1")
-    return n
+    return int(n)
 
 
 def _signature(structure: Structure) -> dict[str, list[Any]]:

@@ -52,25 +52,25 @@ def fit(
         UnknownName: no such backend.
     """
     run = run or Run()
-    problem = Problem.of(program, data, args, kwargs)
-    if run.device is not None or run.precision == "float64":
-        problem = problem.to(run.device, torch.float64 if run.precision == "float64" else None)
-    structure, problem = _inspected(problem)
-    if isinstance(backend, str):
-        chosen: Backend = make_backend(backend)
-    elif backend is None:
-        chosen = choose(structure, _installed())
-    else:
-        chosen = backend
-    offer = chosen.examine(structure)
-    if not isinstance(offer, Offer):
-        raise Refused(f"backend {chosen.name!r} cannot fit {structure.name}: {refusal_text(offer)}", offer)
     seed = run.seed if seed is None else int(seed)
-    adapters = {site: adapter(structure.conversions.named(c) for c in path) for site, path in offer.paths.items()}
-    problem = replace(problem, adapters=adapters)
-    with isolated(seed):
+    with isolated(seed, run.precision):
+        problem = Problem.of(program, data, args, kwargs)
+        structure, problem = _inspected(problem.to(run.device, torch.float64 if run.precision == "float64" else None))
+        chosen = _chosen(backend, structure)
+        offer = chosen.examine(structure)
+        if not isinstance(offer, Offer):
+            raise Refused(f"backend {chosen.name!r} cannot fit {structure.name}: {refusal_text(offer)}", offer)
+        adapters = {site: adapter(structure.conversions.named(c) for c in path) for site, path in offer.paths.items()}
+        problem = replace(problem, adapters=adapters)
+        torch.manual_seed(seed)
         answers = chosen.fit(problem, structure, replace(run, seed=seed))
-    return Fitted(problem, structure, chosen, offer, answers, seed)
+    return Fitted(problem, structure, chosen, offer, answers, seed, run.precision)
+
+
+def _chosen(backend: str | Backend | None, structure: Structure) -> Backend:
+    if isinstance(backend, str):
+        return make_backend(backend)
+    return choose(structure, _installed()) if backend is None else backend
 
 
 def explain(
@@ -121,8 +121,8 @@ def load(
     return restored(path, program, lambda name, options: make_backend(name, **options), _unlearned, backend, args, kwargs)
 
 
-def _unlearned(program: Callable[..., Any], data: Data, backend: Backend, **options: Any) -> Fitted:
-    return fit(program, data, backend, run=Run(steps=0, progress=False), **options)
+def _unlearned(program: Callable[..., Any], data: Data, backend: Backend, *, precision: Any, **options: Any) -> Fitted:
+    return fit(program, data, backend, run=Run(steps=0, progress=False, precision=precision), **options)
 
 
 def _installed() -> list[Backend]:

@@ -16,10 +16,10 @@ _ONE_AT_A_TIME = threading.RLock()  # Pyro's handler stack and parameter store b
 
 
 @contextmanager
-def isolated(seed: int) -> Iterator[int]:
+def isolated(seed: int, precision: str | None = None) -> Iterator[int]:
     """Run with seeded generators and an empty parameter store, and restore everything afterwards.
 
-    Pyro keeps one handler stack for the whole process, so threads take turns here.
+    Under the precision "float64" that is the default dtype inside. Pyro keeps one handler stack for the whole process, so threads take turns here.
     """
     with _ONE_AT_A_TIME:
         dtype = torch.get_default_dtype()
@@ -33,6 +33,8 @@ def isolated(seed: int) -> Iterator[int]:
                 torch.manual_seed(seed)
                 np.random.seed(seed % 2**32)  # noqa: NPY002
                 random.seed(seed)
+                if precision == "float64":
+                    torch.set_default_dtype(torch.float64)
                 yield seed
         finally:
             np.random.set_state(numpy_state)  # noqa: NPY002

@@ -133,11 +133,15 @@ class Parameters:
         known = self._known.get(id(tensor))
         if known is None:
             trained = isinstance(tensor, nn.Parameter) and tensor.requires_grad
-            clone = tensor.detach().to(self._device, copy=True)
+            clone = self._copy(tensor)
             clone = nn.Parameter(clone) if trained else (nn.Parameter(clone, False) if isinstance(tensor, nn.Parameter) else clone)
             (self.tensors if trained else self.buffers)[name] = clone
             self._known[id(tensor)] = self._known[id(clone)] = known = name
         self._slots.append((slots, key, known))
+
+    def _copy(self, tensor: Tensor) -> Tensor:
+        double = tensor.is_floating_point() and torch.get_default_dtype() is torch.float64
+        return tensor.detach().to(self._device, torch.float64 if double else None, copy=True)
 
     def _adopt(self, store: Mapping[str, Any]) -> None:
         """Take over what the program put into Pyro's store: values of `pyro.param`, weights of unseen modules."""
@@ -147,7 +151,7 @@ class Parameters:
             if "$$$" in name and (slots := _owner_of(tensor, name.rpartition(".")[2].rpartition("$$$")[2])) is not None:
                 self._claim(slots, name.rpartition(".")[2].rpartition("$$$")[2], name.replace("$$$", "."), tensor)
                 continue
-            self.tensors[name] = tensor.detach().to(self._device, copy=True).requires_grad_()
+            self.tensors[name] = self._copy(tensor).requires_grad_()
             self._constraints[name] = store["constraints"][name]
 
     @contextmanager
@@ -158,7 +162,8 @@ class Parameters:
             for slots, key, name in self._slots:
                 slots[key] = self.tensors[name] if name in self.tensors else self.buffers[name]
             for module in self._modules:
-                module.training = training
+                if module.training != training:  # setting an attribute of a module costs more than all else here
+                    module.training = training
             yield
         finally:
             for (slots, key, name), value in zip(self._slots, before, strict=True):
@@ -166,7 +171,8 @@ class Parameters:
                     self.buffers[name] = slots[key]  # some modules replace a buffer instead of writing into it
                 slots[key] = value
             for module, mode in zip(self._modules, modes, strict=True):
-                module.training = mode
+                if module.training != mode:
+                    module.training = mode
 
 
 def _roots(problem: Problem) -> list[tuple[str, object]]:

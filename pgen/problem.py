@@ -158,7 +158,14 @@ class Problem:
             return self
         pick = {k: v[index.to(v.device)] if v.ndim else v for k, v in self.inputs.items()}
         seen = {k: v[index.to(v.device)] if v.ndim else v for k, v in self.observations.items()}
-        return replace(self, inputs=pick, observations=seen, rows=index.numel(), size=index.numel())
+        return self._but(inputs=pick, observations=seen, rows=index.numel(), size=index.numel())
+
+    def _but(self, **changes: Any) -> Problem:
+        """`dataclasses.replace`, ten times as fast: it is called at every step of a run."""
+        twin = object.__new__(Problem)
+        twin.__dict__.update(self.__dict__)
+        twin.__dict__.update(changes)
+        return twin
 
     def whole(self) -> Problem:
         """The same problem, all rows always together: for programs whose size is fixed."""

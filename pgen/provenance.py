@@ -35,6 +35,7 @@ class Leak:
 class _Storage:
     owner: Tensor  # keeps the memory alive, so that its address stays its own
     marks: Marks = field(default_factory=dict)  # masks here are flat, one entry per element of the storage
+    spans: dict[str, tuple[int, int]] = field(default_factory=dict)  # where in the storage a mask may hold, if known
 
 
 class Provenance:
@@ -78,8 +79,12 @@ class Provenance:
         if stored is None or not stored.marks:
             return {}
         found: Marks = {}
+        start, stop = _span(tensor)
         for label, mask in stored.marks.items():
             if isinstance(mask, Tensor):
+                first, last = stored.spans.get(label, (start, stop))
+                if last < start or stop < first:
+                    continue  # a series seen step by step has as many masks as steps, and a view meets one of them
                 view = mask.as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())
                 if bool(view.any()):
                     found[label] = True if bool(view.all()) else view
@@ -101,6 +106,7 @@ class Provenance:
         whole = tensor.numel() == size and tensor.is_contiguous()
         if whole and not keep:
             stored.marks = {k: True if m is True else torch.as_tensor(m).expand(tensor.shape).reshape(-1).clone() for k, m in marks.items()}
+            stored.spans = {}
             return
         for label in marks if keep else [*stored.marks, *marks]:
             old = stored.marks.get(label, False)
@@ -110,6 +116,10 @@ class Provenance:
             if whole and new is True:
                 stored.marks[label] = True
                 continue
+            if label in stored.spans or old is False:
+                start, stop = _span(tensor)
+                first, last = stored.spans.get(label, (start, stop))
+                stored.spans[label] = min(first, start), max(last, stop)
             flat = old if isinstance(old, Tensor) else torch.full((size,), bool(old), device=tensor.device)
             view = flat.as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())
             if keep:
@@ -120,6 +130,7 @@ class Provenance:
                 stored.marks[label] = flat
             else:
                 stored.marks.pop(label, None)
+                stored.spans.pop(label, None)
 
     def leak(self, labels: frozenset[str], operation: str) -> None:
         """Record that a value computed from these labels left torch, unless a library did it to check its arguments."""
@@ -148,6 +159,8 @@ class _Operations(TorchDispatchMode):
         kwargs = kwargs or {}
         p = self.provenance
         name = func.overloadpacket.__name__
+        if any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns):
+            return func(*args, **kwargs)  # a view: marks belong to the storage, which it shares
         inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         if name in ("_local_scalar_dense", "is_nonzero"):
             p.leak(p.labels(*inputs), "item")
@@ -235,6 +248,12 @@ _EXITS: dict[Any, str] = {Tensor.numpy: "numpy", Tensor.tolist: "tolist", Tensor
 def _scalar_indices(index: Any) -> list[Tensor]:
     parts = index if isinstance(index, tuple) else (index,)
     return [i for i in parts if isinstance(i, Tensor) and i.ndim == 0 and not i.is_floating_point()]
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """First and last element of the storage that a tensor may touch."""
+    start = tensor.storage_offset()
+    return start, start + sum((n - 1) * step for n, step in zip(tensor.size(), tensor.stride(), strict=True) if n > 1)
 
 
 def _address(tensor: Tensor) -> int:

@@ -44,6 +44,7 @@ class Site:
         params: names of the learned tensors that its law was computed from.
         inputs: names of the data arguments that its law was computed from.
         support_parents: names of the sites that its *support* was computed from.
+        support_params: names of the learned tensors that its support was computed from.
         cardinality: number of values of a finite support, else None.
         factor: a `pyro.factor` statement: soft evidence, not a random value.
         certain: False where a value left torch before this site, so that more sites than those named may matter.
@@ -62,6 +63,7 @@ class Site:
     params: tuple[str, ...] = ()
     inputs: tuple[str, ...] = ()
     support_parents: tuple[str, ...] = ()
+    support_params: tuple[str, ...] = ()
     cardinality: int | None = None
     factor: bool = False
     certain: bool = True
@@ -355,6 +357,7 @@ class _Watch(_Progress):
             params=tuple(sorted(_only(labels, "param"))),
             inputs=tuple(sorted(_only(labels, "input"))),
             support_parents=tuple(sorted(_only(self._labels(_tensors_of(support)), "site"))),
+            support_params=tuple(sorted(_only(self._labels(_tensors_of(support)), "param"))),
             cardinality=cardinality,
             factor=factor,
             certain=not self.uncertain[name],
