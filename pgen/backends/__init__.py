@@ -1,0 +1,1 @@
+"""The inference methods that come with pgen, each registered as any plugin is."""
