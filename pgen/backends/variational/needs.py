@@ -1,0 +1,154 @@
+"""What the variational backend needs of a program, and what it offers in return."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pgen.capability import Capability, Exactness, Offer, Query, Rank, Refusal
+from pgen.choice import learned_factor, names_of, require
+from pgen.conversion import Conversion, exactness_of
+from pgen.errors import PgenError
+from pgen.guides.features import Unconstrain, levels
+from pgen.structure import Site, Structure
+
+
+@dataclass(frozen=True)
+class Needs:
+    """How the needs of the backend are met.
+
+    Attributes:
+        paths: conversions by site.
+        drawn: latents that the guide draws (as far as the structure tells).
+        summed: latents that can be summed out exactly.
+    """
+
+    paths: Mapping[str, tuple[Conversion, ...]]
+    drawn: tuple[str, ...]
+    summed: tuple[str, ...]
+
+
+def needs(
+    structure: Structure, via: Mapping[str, str], *, guide: str | None, enumerated: bool
+) -> Needs | Refusal:
+    """A log probability at every site, and a guide for every latent that is not summed out."""
+    unlearnable = learned_factor(structure)
+    if unlearnable is not None:
+        return unlearnable
+    # Where the constant of a density depends on nothing, only the value of the bound suffers.
+    loose = {s.name for s in structure if _constant_is_free(s, structure)}
+    paths = require(structure, (Capability.LOG_PROB,), (Capability.LOG_PROB,), via)
+    if isinstance(paths, Refusal):
+        if paths.site not in loose:
+            return paths
+        paths = require(structure, (Capability.LOG_DENSITY,), (Capability.LOG_DENSITY,), via)
+        if isinstance(paths, Refusal):
+            return paths
+        firm = next(
+            (s for s in structure if not s.factor and s.name not in loose and not _normalised(s)), None
+        )
+        if firm is not None:
+            return Refusal(
+                firm.name,
+                Capability.LOG_PROB.value,
+                f"{firm.distribution} at {firm.name!r} has no normalised density",
+            )
+    # What a user's guide leaves to be summed out is known only once it has run.
+    summed = tuple(s for s in structure.latents if guide and enumerated and structure.sites[s].enumerable)
+    drawn = tuple(s for s in structure.latents if s not in summed)
+    for name in drawn if guide else ():
+        refusal = _unguided(structure.sites[name], structure, guide or "")
+        if refusal is not None:
+            return refusal
+    return Needs(paths, drawn, summed)
+
+
+def offer(structure: Structure, found: Needs, *, bound: bool, simulated: bool) -> Offer:
+    """What is answered, and how exactly."""
+    answers: dict[Query, Exactness] = {}
+    if all({Capability.SAMPLE, Capability.RSAMPLE} & s.capabilities for s in structure if not s.factor):
+        answers[Query.SAMPLE] = Exactness.EXACT
+    weakest = min(
+        (exactness_of(p) for p in found.paths.values()), key=lambda e: e.strength, default=Exactness.EXACT
+    )
+    if (
+        not all(_normalised(s) or found.paths.get(s.name) for s in structure if not s.factor)
+        or structure.factors
+    ):
+        weakest = Exactness.UNNORMALIZED
+    asked = Exactness.LOWER_BOUND if bound else Exactness.ESTIMATE
+    if not found.drawn and not structure.factors:
+        asked = Exactness.EXACT if structure.observed else asked
+    answers[Query.LOG_PROB] = min(asked, weakest, key=lambda e: e.strength)
+    inferred = Exactness.ESTIMATE if found.drawn or structure.factors else Exactness.EXACT
+    answers[Query.POSTERIOR] = answers[Query.MARGINALS] = inferred
+    if answers[Query.LOG_PROB] is Exactness.SURROGATE:
+        del answers[Query.LOG_PROB]
+    return Offer(
+        answers, _rank(structure, found), _why(structure, found, simulated), names_of(dict(found.paths))
+    )
+
+
+def _rank(structure: Structure, found: Needs) -> Rank:
+    smooth = all(not structure.sites[s].discrete for s in found.drawn)
+    return Rank.SUITED if found.drawn and smooth else Rank.POSSIBLE
+
+
+def _why(structure: Structure, found: Needs, simulated: bool) -> str:
+    if not structure.latents:
+        return "nothing is latent, so that the bound is the likelihood itself"
+    parts = []
+    if found.summed:
+        parts.append(f"{', '.join(found.summed)} summed out exactly")
+    local = [s for s in found.drawn if structure.local(s)]
+    shared = [s for s in found.drawn if s not in local]
+    if local:
+        parts.append(f"{', '.join(local)} read off each row by a guide")
+    if shared:
+        parts.append(
+            f"{', '.join(shared)} {'read off the data' if simulated else 'given one approximate posterior'}"
+        )
+    rough = [s for s in found.drawn if structure.sites[s].discrete]
+    if rough:
+        parts.append(f"{', '.join(rough)} trained by the score function")
+    if not structure.observed:
+        parts.append(
+            "nothing is observed"
+            + (", leaves are simulated" if simulated else ", so that there is nothing to fit")
+        )
+    return "; ".join(parts)
+
+
+def _unguided(site: Site, structure: Structure, guide: str) -> Refusal | None:
+    """Why no guide can be made for a latent, if none can."""
+    if site.discrete and guide in ("auto", "amortized"):
+        if levels(site.support) is not None:
+            return None
+        why = (
+            f"{site.distribution} has no finite list of values, so that a guide can neither weigh them one "
+            "by one nor follow a path; give a guide of your own that draws it, or write it so that it is "
+            "summed out"
+        )
+        return Refusal(site.name, "a finite or continuous support", why)
+    if site.discrete:
+        why = (
+            f"guide={guide!r} is a law of real vectors, and {site.distribution} is discrete; use "
+            "guide='amortized', or leave it to be summed out (enumerate='auto') where its support is finite"
+        )
+        return Refusal(site.name, "a continuous support", why)
+    try:
+        Unconstrain(site, structure)
+    except PgenError as error:
+        return Refusal(site.name, "a support that a guide can be made for", str(error))
+    return None
+
+
+def _normalised(site: Site) -> bool:
+    return site.factor or Capability.LOG_PROB in site.capabilities
+
+
+def _constant_is_free(site: Site, structure: Structure) -> bool:
+    unnormalised = (
+        Capability.LOG_DENSITY in site.capabilities and Capability.LOG_PROB not in site.capabilities
+    )
+    return unnormalised and not site.params and not {p for p in site.parents if p in structure.latents}
