@@ -1,0 +1,61 @@
+"""Pictures: files of the right size with the right pixels, and no global state."""
+
+import matplotlib as mpl
+import pytest
+import torch
+
+from pgen import pictures
+from pgen.errors import DataError, PgenError
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def test_image_grid(tmp_path):
+    path = pictures.image_grid(torch.rand(23, 64), tmp_path / "a.png")
+    assert path.read_bytes().startswith(PNG)
+    pictures.image_grid(torch.rand(3, 4, 6), tmp_path / "b.png", columns=3)
+    pictures.image_grid(torch.randint(0, 17, (3, 24)), tmp_path / "c.png", shape=(4, 6))
+
+
+def test_tiles_keep_their_pixels():
+    images = torch.arange(3 * 4, dtype=torch.float).view(3, 2, 2)
+    board = pictures._tiled(images, columns=2)
+    assert board.shape == (6, 6)
+    assert torch.equal(board[:2, :2], images[0])
+    assert torch.equal(board[:2, 3:5], images[1])
+    assert torch.equal(board[3:5, :2], images[2])
+
+
+def test_compare_images_loss_curve_and_scatter(tmp_path):
+    rows = {"data": torch.rand(16, 64), "a fit": torch.rand(4, 64)}
+    assert pictures.compare_images(rows, tmp_path / "a.png").read_bytes().startswith(PNG)
+    history = {"step": [10, 20, 30], "loss": [3.0, 2.0, 1.0], "valid": [3.0, 2.5]}
+    assert pictures.loss_curve(history, tmp_path / "b.png").read_bytes().startswith(PNG)
+    points = {"data": torch.randn(50, 2), "draws": torch.randn(50, 2)}
+    assert pictures.scatter(points, tmp_path / "c.png").read_bytes().startswith(PNG)
+
+
+def test_no_backend_is_chosen_for_the_user(tmp_path):
+    before = dict(mpl.rcParams)
+    pictures.image_grid(torch.rand(3, 64), tmp_path / "a.png")
+    assert dict(mpl.rcParams) == before
+
+
+def test_bad_input_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"expected images \[n, H, W\].*got \(3, 63\)"):
+        pictures.image_grid(torch.rand(3, 63), tmp_path / "a.png")
+    with pytest.raises(DataError, match="nothing to draw"):
+        pictures.compare_images({}, tmp_path / "a.png")
+    with pytest.raises(DataError, match="no finite number"):
+        pictures.loss_curve({"loss": [float("nan")]}, tmp_path / "a.png")
+    with pytest.raises(DataError, match=r"'x' of shape \(3, 4\)"):
+        pictures.scatter({"x": torch.rand(3, 4)}, tmp_path / "a.png")
+
+
+def test_without_matplotlib_it_says_how_to_get_it(tmp_path, monkeypatch):
+    def missing(name):
+        raise ImportError(name)
+
+    monkeypatch.setattr(pictures, "import_module", missing)
+    with pytest.raises(PgenError, match=r"pip install 'pgen-ppl\[plots\]'"):
+        pictures.image_grid(torch.rand(3, 64), tmp_path / "a.png")
