@@ -57,9 +57,16 @@ def without_missing(name: str, fn: Any, value: Tensor) -> tuple[Any, Tensor]:
         )
     present = ~torch.isnan(value)
     shape = torch.broadcast_shapes(base.batch_shape, value.shape)
-    inside = torch.distributions.biject_to(base.support)(value.new_zeros(()))
-    filled = torch.where(present, value, inside.to(value))
+    filled = torch.where(present, value, _value_inside(base.support, value))
     return base.expand(shape).mask(present.expand(shape)).to_event(dims), filled.expand(shape)
+
+
+def _value_inside(support: Any, like: Tensor) -> Tensor:
+    """Some value of a support."""
+    try:
+        return torch.distributions.biject_to(support)(like.new_zeros(())).to(like)
+    except NotImplementedError:  # discrete
+        return torch.as_tensor(getattr(support, "lower_bound", 0)).to(like)
 
 
 class ScaleRows(Messenger):

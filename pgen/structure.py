@@ -17,6 +17,7 @@ from torch import Tensor
 from pgen.capability import Capability, Measure, capabilities_of
 from pgen.conversion import Conversions
 from pgen.errors import DataError, PgenError, ProgramError
+from pgen.isolation import isolated
 from pgen.parameters import Parameters
 from pgen.problem import Data, Problem, _name
 from pgen.provenance import Leak, Provenance
@@ -172,6 +173,11 @@ def structure_of(
 
 def inspect_problem(problem: Problem) -> tuple[Structure, Problem]:
     """The structure, and the problem as it may be run: with rows only where they can be taken apart."""
+    with isolated(0):  # threads take turns: Pyro's handler stack belongs to the process
+        return _inspect_problem(problem)
+
+
+def _inspect_problem(problem: Problem) -> tuple[Structure, Problem]:
     if problem.rows is None:
         run = _inspect(problem, follow=True)
         return _structure(run, problem, ()), problem
@@ -212,7 +218,7 @@ def _inspect(problem: Problem, follow: bool) -> _Inspected:
     watch = _Watch(problem, Provenance() if follow else None)
     at: _Progress = _Progress()
     try:
-        with torch.random.fork_rng(), torch.no_grad(), pyro.validation_enabled(True), warnings.catch_warnings():
+        with torch.no_grad(), pyro.validation_enabled(True), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             torch.manual_seed(0)
             with at:

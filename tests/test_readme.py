@@ -1,0 +1,97 @@
+"""The README: its code runs, its table is what the backends say, its commands and files exist."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import runpy
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+import torch
+from click.testing import CliRunner
+
+import pgen
+from pgen.capability import Query
+from pgen.cli import main
+from pgen.commands.inputs import data_of, program_of
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+DATA = {"made": "digits", "vae": "digits", "mixture": "gaussians", "ppca": "gaussians"}
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)
+
+
+def rows():
+    """Program, backend and the four answers, of each line of the table of exactness."""
+    lines = re.findall(r"^\| `([\w-]+)`: [^|]+ \| `([\w-]+)` \|(.*)\|$", TEXT, re.MULTILINE)
+    return [(program, backend, [cell.strip() for cell in cells.split("|")]) for program, backend, cells in lines]
+
+
+def test_the_swap_is_ten_lines_and_runs(tmp_path):
+    (code,) = blocks("python")
+    (tmp_path / "swap.py").write_text(code)
+    assert sum(bool(line.strip()) for line in code.splitlines()) <= 12  # ten, and the imports and the explanation
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        names = runpy.run_path(str(tmp_path / "swap.py"))
+    draws = names["fitted"].posterior(n=5000, seed=0)["p"]
+    # Beta(5, 3): mean 0.625, sd 0.161. Exact: 6 standard errors are 0.014; variational: offered as an estimate.
+    found = [float(m) for m in re.findall(r"tensor\((0\.\d+)\)", printed.getvalue())]
+    assert found == pytest.approx([0.625, 0.625], abs=0.03)
+    assert torch.isfinite(draws).all()
+    assert "exact" in printed.getvalue()
+    assert "lower bound" in printed.getvalue()
+
+
+@pytest.mark.parametrize(("name", "backend", "cells"), rows(), ids=lambda v: v if isinstance(v, str) else "")
+def test_the_table_is_what_backends_say(name, backend, cells):
+    source = data_of(DATA[name])
+    latents = ["latents=1"] if name == "ppca" else []
+    program = program_of(name, latents, data=source)
+    row = pgen.explain(program.call, source.part("train")[1])[backend]
+    queries = [Query.SAMPLE, Query.LOG_PROB, Query.POSTERIOR, Query.MARGINALS]
+    said = [row.answer.answers.get(q, "-") for q in queries] if row.offered else ["refused"] * 4
+    assert [str(s) for s in said] == cells
+
+
+def test_the_table_has_every_kind_of_row():
+    assert {(program, backend) for program, backend, _ in rows()} >= {("vae", "exact"), ("vae", "variational")}
+    assert len(rows()) == 6
+
+
+def test_commands_are_spelt_as_the_command_line_has_them():
+    commands = [line.partition("#")[0] for block in blocks("sh") for line in block.splitlines()]
+    ours = [shlex.split(c.partition("&&")[0])[1:] for c in commands if c.startswith("pgen ")]
+    assert len(ours) >= 7
+    for words in ours:
+        command = main
+        while words and words[0] in getattr(command, "commands", {}):
+            command = command.commands[words.pop(0)]
+        assert command is not main
+        command.make_parser(click.Context(command)).parse_args(args=list(words))
+
+
+def test_targets_and_files_exist():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"^make (\w+)", TEXT, re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE)
+    for link in re.findall(r"\]\(((?!http)[^)]+)\)", TEXT):
+        assert (ROOT / link).exists(), link
+    for name in re.findall(r"`((?:pgen|tutorials|plugins)/[\w/.-]*)`", TEXT):
+        assert (ROOT / name).exists(), name
+
+
+def test_the_picture_is_small():
+    assert (ROOT / "tutorials" / "samples.png").stat().st_size < 100_000
+
+
+def test_the_help_of_every_command_is_there():
+    for name in main.commands:
+        assert CliRunner().invoke(main, [name, "--help"]).exit_code == 0
