@@ -48,7 +48,14 @@ class Exactness(StrEnum):
     @property
     def strength(self) -> int:
         """Position on the scale of promises: the higher, the more is promised."""
-        return {"exact": 4, "lower bound": 3, "upper bound": 3, "estimate": 2, "surrogate": 1, "unnormalized": 0}[self.value]
+        return {
+            "exact": 4,
+            "lower bound": 3,
+            "upper bound": 3,
+            "estimate": 2,
+            "surrogate": 1,
+            "unnormalized": 0,
+        }[self.value]
 
 
 class Query(StrEnum):
@@ -135,7 +142,9 @@ class Estimate:
 
     def mean(self) -> Estimate:
         """The mean over rows, with the standard error of the *estimation* (not of the data)."""
-        stderr = None if self.stderr is None else self.stderr.square().sum().sqrt() / max(1, self.stderr.numel())
+        stderr = (
+            None if self.stderr is None else self.stderr.square().sum().sqrt() / max(1, self.stderr.numel())
+        )
         return replace(self, value=self.value.mean(), stderr=stderr, khat=None)
 
     def bits_per_dim(self, cell: float | None = None) -> float:
@@ -150,7 +159,9 @@ class Estimate:
                 or it is not known how many scalars a row has.
         """
         if self.dims is None:
-            raise MeasureError("bits_per_dim: this estimate does not say how many scalars a row has (dims is None)")
+            raise MeasureError(
+                "bits_per_dim: this estimate does not say how many scalars a row has (dims is None)"
+            )
         if (self.measure == "mass") == (cell is not None):
             raise MeasureError(
                 f"bits_per_dim: got a {self.measure} and cell={cell}; a mass takes no cell, a density needs the width "
@@ -204,7 +215,9 @@ def capabilities_of(distribution: dist.Distribution) -> frozenset[Capability]:
         return capabilities_of(distribution.base_dist)
     if isinstance(distribution, _WRAPPERS):
         plain = getattr(distribution, "reinterpreted_batch_ndims", 1) == 0
-        return frozenset(c for c in capabilities_of(distribution.base_dist) if plain or c is not Capability.ENUMERATE)
+        return frozenset(
+            c for c in capabilities_of(distribution.base_dist) if plain or c is not Capability.ENUMERATE
+        )
     found = set()
     if distribution.has_rsample and _overrides(distribution, "rsample"):
         found |= {Capability.SAMPLE, Capability.RSAMPLE}

@@ -7,10 +7,10 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pgen.protocols import Backend
 from pgen.capability import Capability, Offer, Query, Refusal
 from pgen.conversion import Conversion
 from pgen.errors import OptionError, Refused
+from pgen.protocols import Backend
 from pgen.structure import Structure, describe_leak
 
 Paths = dict[str, tuple[Conversion, ...]]
@@ -37,7 +37,9 @@ def require(
     via = via or {}
     strange = [s for s in via if s not in structure.sites]
     if strange:
-        raise OptionError(f"via names the site {strange[0]!r}, which {structure.name} does not have; its sites: {', '.join(structure.sites)}")
+        raise OptionError(
+            f"via names the site {strange[0]!r}, which {structure.name} does not have; its sites: {', '.join(structure.sites)}"
+        )
     paths: Paths = {}
     for site in structure:
         if site.factor:
@@ -124,11 +126,18 @@ class Explanation:
             if isinstance(row.answer, Offer):
                 answers = [row.answer.answers[q].value if q in row.answer.answers else "-" for q in Query]
                 paths = "".join(f"\n{site}: {' -> '.join(path)}" for site, path in row.answer.paths.items())
-                table.add_row(row.backend, f"[green]{row.answer.rank.name.lower()}[/green]", *answers, row.answer.why + paths)
+                table.add_row(
+                    row.backend,
+                    f"[green]{row.answer.rank.name.lower()}[/green]",
+                    *answers,
+                    row.answer.why + paths,
+                )
             else:
                 where = f"site {row.answer.site!r}: " if row.answer.site else ""
                 missing = f"{where}missing {row.answer.missing}"
-                table.add_row(row.backend, "[red]no[/red]", *("" for _ in Query), f"{missing}\n{row.answer.why}")
+                table.add_row(
+                    row.backend, "[red]no[/red]", *("" for _ in Query), f"{missing}\n{row.answer.why}"
+                )
         yield table
 
     def __str__(self) -> str:
@@ -147,7 +156,9 @@ class Explanation:
 def examine(structure: Structure, backends: Sequence[Backend]) -> Explanation:
     """Ask every backend; the best offer comes first."""
     rows = [Row(b.name, _asked(b, structure)) for b in backends]
-    return Explanation(structure, tuple(sorted(rows, key=lambda r: (*(-x for x in _merit(r.answer)), r.backend))))
+    return Explanation(
+        structure, tuple(sorted(rows, key=lambda r: (*(-x for x in _merit(r.answer)), r.backend)))
+    )
 
 
 def _asked(backend: Backend, structure: Structure) -> Offer | Refusal:
@@ -157,7 +168,9 @@ def _asked(backend: Backend, structure: Structure) -> Offer | Refusal:
     except Exception as error:  # a stranger's code
         return Refusal(None, "an answer", f"its examine raised {type(error).__name__}: {error}")
     if not isinstance(answer, (Offer, Refusal)):
-        return Refusal(None, "an answer", f"its examine returned {type(answer).__name__}, not an Offer or a Refusal")
+        return Refusal(
+            None, "an answer", f"its examine returned {type(answer).__name__}, not an Offer or a Refusal"
+        )
     return answer
 
 
@@ -172,7 +185,9 @@ def choose(structure: Structure, backends: Sequence[Backend]) -> Backend:
     offers = [r for r in explained if r.offered]
     if not offers:
         reasons = "\n".join(f"  {r.backend}: {refusal_text(r.answer)}" for r in explained)
-        raise Refused(f"no installed backend can serve {structure.name}:\n{reasons or '  (none is installed)'}")
+        raise Refused(
+            f"no installed backend can serve {structure.name}:\n{reasons or '  (none is installed)'}"
+        )
     if len(offers) > 1 and _merit(offers[0].answer) == _merit(offers[1].answer):
         raise OptionError(
             f"{offers[0].backend!r} and {offers[1].backend!r} serve {structure.name} equally well; name one: "

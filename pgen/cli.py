@@ -65,11 +65,7 @@ def _disabled(names: tuple[str, ...]) -> Iterator[None]:
 
 @click.group(
     cls=_Pgen,
-    context_settings={
-        "help_option_names": ["-h", "--help"],
-        "max_content_width": 110,
-        "auto_envvar_prefix": None,
-    },
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 @click.version_option(package_name="pgen-ppl", prog_name="pgen")
 @click.option(
@@ -109,7 +105,6 @@ def _together(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")
 _seed = click.option("--seed", type=int, default=0, show_default=True, help="Makes everything repeatable.")
-_device = click.option("--device", metavar="DEVICE", help="Where to compute, for example cuda.")
 _program = _together(
     click.argument("program"),
     click.option(
@@ -142,7 +137,7 @@ _run = _together(
     click.option("--lr", type=float, help="Learning rate."),
     click.option("--validation", metavar="SPLIT|FRACTION", help="Rows to watch but not to learn from."),
     click.option("--patience", type=int, help="Stop after so many looks at them without a new best."),
-    _device,
+    click.option("--device", metavar="DEVICE", help="Where to compute, for example cuda."),
 )
 
 

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pgen.protocols import Backend
 from pgen.capability import Estimate, Query
 from pgen.choice import refusal_text
 from pgen.errors import DataError, MeasureError, Refused
@@ -19,6 +18,7 @@ from pgen.fitted import Fitted
 from pgen.fitting import fit
 from pgen.metrics.two_sample import energy_distance
 from pgen.problem import Data
+from pgen.protocols import Backend
 from pgen.run import Run
 
 
@@ -61,7 +61,16 @@ class Comparison:
         """The table."""
         from rich.table import Table
 
-        table = Table("fit", "log probability is", "nats / row", "bits / dim", "distance", "seconds", "note", caption=f"on {self.on}")
+        table = Table(
+            "fit",
+            "log probability is",
+            "nats / row",
+            "bits / dim",
+            "distance",
+            "seconds",
+            "note",
+            caption=f"on {self.on}",
+        )
         for r in self.rows:
             error = "" if r.stderr is None else f" ± {r.stderr:.2g}"
             table.add_row(
@@ -127,7 +136,15 @@ def compare(
     return Comparison(tuple(rows), "training data" if test is None else "held-out data")
 
 
-def evaluate(name: str, fitted: Fitted, test: Data = None, *, seconds: float | None = None, seed: int | None = None, draws: int = 500) -> ComparisonRow:
+def evaluate(
+    name: str,
+    fitted: Fitted,
+    test: Data = None,
+    *,
+    seconds: float | None = None,
+    seed: int | None = None,
+    draws: int = 500,
+) -> ComparisonRow:
     """One row of a comparison: a fit evaluated on held-out data."""
     estimate: Estimate | None = None
     bits = None

@@ -50,7 +50,7 @@ class Conversion:
 class Converted(dist.TorchDistribution):
     """A distribution that answers more than it did, through conversions; in all else it is what it was."""
 
-    arg_constraints: Mapping[str, Any] = {}  # noqa: RUF012
+    arg_constraints: dict[str, Any] = {}
 
     def __init__(self, base: Any, conversions: tuple[Conversion, ...]) -> None:
         """Apply the conversions in order."""
@@ -141,14 +141,17 @@ class Conversions:
     @property
     def graph(self) -> nx.DiGraph:
         """Capabilities and conversions as a bipartite graph: needed capability -> conversion -> given capability."""
-        graph = nx.DiGraph()
+        graph: nx.DiGraph = nx.DiGraph()
         for c in self:
             graph.add_node(c.name, exactness=str(c.exactness), cost=c.cost)
-            graph.add_edges_from((need, c.name) for need in c.needs)
+            for need in c.needs:
+                graph.add_edge(need, c.name)
             graph.add_edge(c.name, c.gives)
         return graph
 
-    def path(self, has: frozenset[Capability], wanted: Capability, via: str | None = None) -> tuple[Conversion, ...] | None:
+    def path(
+        self, has: frozenset[Capability], wanted: Capability, via: str | None = None
+    ) -> tuple[Conversion, ...] | None:
         """The best conversions from what is there to what is wanted: most exact first, then cheapest.
 
         Knuth's generalisation of Dijkstra's algorithm, as a conversion may need several capabilities at once.
@@ -173,7 +176,9 @@ class Conversions:
             return ()
         ticket = itertools.count()
         best: dict[Capability, tuple[Conversion, ...]] = {}
-        queue: list[tuple[int, float, int, Capability, tuple[Conversion, ...]]] = [(-4, 0.0, next(ticket), c, ()) for c in has]
+        queue: list[tuple[int, float, int, Capability, tuple[Conversion, ...]]] = [
+            (-4, 0.0, next(ticket), c, ()) for c in has
+        ]
         heapq.heapify(queue)
         while queue:
             _, _, _, capability, path = heapq.heappop(queue)
@@ -184,8 +189,22 @@ class Conversions:
                 return path
             for c in self:
                 if capability in c.needs and c.needs <= best.keys() and c.gives not in best:
-                    whole = (*dict.fromkeys(s for need in sorted(c.needs, key=lambda n: n.value) for s in best[need]), c)
-                    heapq.heappush(queue, (-min(s.exactness.strength for s in whole), sum(s.cost for s in whole), next(ticket), c.gives, whole))
+                    whole = (
+                        *dict.fromkeys(
+                            s for need in sorted(c.needs, key=lambda n: n.value) for s in best[need]
+                        ),
+                        c,
+                    )
+                    heapq.heappush(
+                        queue,
+                        (
+                            -min(s.exactness.strength for s in whole),
+                            sum(s.cost for s in whole),
+                            next(ticket),
+                            c.gives,
+                            whole,
+                        ),
+                    )
         return None
 
 
@@ -203,7 +222,9 @@ def _score(distribution: Any) -> Mapping[str, Callable[..., Any]]:
         """Gradient of the log density with respect to the value, shape of the value."""
         with torch.enable_grad():
             x = value if value.requires_grad else value.detach().requires_grad_()
-            return torch.autograd.grad(distribution.log_density(x).sum(), x, create_graph=value.requires_grad)[0]
+            return torch.autograd.grad(
+                distribution.log_density(x).sum(), x, create_graph=value.requires_grad
+            )[0]
 
     return {"score": score}
 
@@ -226,8 +247,12 @@ def _table_sample(distribution: Any) -> Mapping[str, Callable[..., Any]]:
     def sample(sample_shape: Any = torch.Size()) -> Tensor:
         """Exact draws from the table of probabilities."""
         values = distribution.enumerate_support(expand=True)
-        index = dist.Categorical(logits=distribution.log_prob(values).movedim(0, -1)).sample(torch.Size(sample_shape))
-        index = index.reshape(index.shape + (1,) * len(distribution.event_shape)).expand(index.shape + distribution.event_shape)
+        index = dist.Categorical(logits=distribution.log_prob(values).movedim(0, -1)).sample(
+            torch.Size(sample_shape)
+        )
+        index = index.reshape(index.shape + (1,) * len(distribution.event_shape)).expand(
+            index.shape + distribution.event_shape
+        )
         flat = values.expand((values.shape[0], *distribution.batch_shape, *distribution.event_shape))
         picked = torch.gather(flat, 0, index.reshape((-1, *flat.shape[1:])))
         return picked.reshape(torch.Size(sample_shape) + distribution.batch_shape + distribution.event_shape)
@@ -244,18 +269,33 @@ def _bound_for_log_prob(distribution: Any) -> Mapping[str, Callable[..., Any]]:
 
 
 def _draw(distribution: Any) -> Mapping[str, Callable[..., Any]]:
-    return {"sample": lambda sample_shape=torch.Size(): distribution.base.rsample(torch.Size(sample_shape)).detach()}
+    return {
+        "sample": lambda sample_shape=torch.Size(): distribution.base.rsample(
+            torch.Size(sample_shape)
+        ).detach()
+    }
 
 
 _C = Capability
 CORE = (
     Conversion("density", frozenset({_C.LOG_PROB}), _C.LOG_DENSITY, Exactness.EXACT, 0.0, _density),
     Conversion("bound", frozenset({_C.LOG_PROB}), _C.BOUND, Exactness.EXACT, 0.0, _bound),
-    Conversion("bound-for-log-prob", frozenset({_C.BOUND}), _C.LOG_PROB, Exactness.LOWER_BOUND, 1.0, _bound_for_log_prob),
+    Conversion(
+        "bound-for-log-prob",
+        frozenset({_C.BOUND}),
+        _C.LOG_PROB,
+        Exactness.LOWER_BOUND,
+        1.0,
+        _bound_for_log_prob,
+    ),
     Conversion("draw", frozenset({_C.RSAMPLE}), _C.SAMPLE, Exactness.EXACT, 0.0, _draw),
     Conversion("autograd-score", frozenset({_C.LOG_DENSITY}), _C.SCORE, Exactness.EXACT, 1.0, _score),
-    Conversion("exact-sum", frozenset({_C.ENUMERATE, _C.LOG_DENSITY}), _C.LOG_PROB, Exactness.EXACT, 2.0, _exact_sum),
-    Conversion("table", frozenset({_C.ENUMERATE, _C.LOG_PROB}), _C.SAMPLE, Exactness.EXACT, 1.0, _table_sample),
+    Conversion(
+        "exact-sum", frozenset({_C.ENUMERATE, _C.LOG_DENSITY}), _C.LOG_PROB, Exactness.EXACT, 2.0, _exact_sum
+    ),
+    Conversion(
+        "table", frozenset({_C.ENUMERATE, _C.LOG_PROB}), _C.SAMPLE, Exactness.EXACT, 1.0, _table_sample
+    ),
 )
 
 

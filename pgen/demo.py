@@ -1,9 +1,10 @@
 """The demo: handwritten digits, one program fitted in three ways, two others beside it, and one table.
 
-The variational autoencoder is written once (`pgen.zoo.VAE`: a prior and a decoder, no guide). Three objectives
-of the variational backend fit it, each with a guide made from the program. MADE and a spline flow are fitted by
-the exact backend. Every number is the log of a probability *mass* of whole pixels, on images that no fit has
-seen, so that they can stand in one column; what each is, exact, a bound or an estimate, stands beside it.
+The variational autoencoder is written once (`pgen.zoo.VAE`: a prior and a decoder, no guide). Three
+objectives of the variational backend fit it, each with a guide made from the program. MADE and a spline flow
+are fitted by the exact backend. Every number is the log of a probability *mass* of whole pixels, on images
+that no fit has seen, so that they can stand in one column; whether it is exact, a bound or an estimate stands
+beside it.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ class Draws(Mapping[str, Tensor]):
     """Draws of every unobserved site, each `[n, ...]`, chains flattened.
 
     Attributes:
-        values: the draws by site.
+        sites: the draws, by site.
         chains: number of chains that the `n` draws come from, in equal runs.
         log_weights: log importance weights `[n]` or `[n, rows]`, where draws were weighted or resampled.
         khat: Pareto shape of those weights per row: below 0.7 they can be trusted.
@@ -25,7 +25,7 @@ class Draws(Mapping[str, Tensor]):
         log_likelihood: pointwise log likelihood of the observed sites, `[n, ...]` each, where known.
     """
 
-    values: Mapping[str, Tensor]
+    sites: Mapping[str, Tensor]
     chains: int = 1
     log_weights: Tensor | None = None
     khat: Tensor | None = None
@@ -34,15 +34,15 @@ class Draws(Mapping[str, Tensor]):
 
     def __getitem__(self, site: str) -> Tensor:
         """Draws of one site, `[n, ...]`."""
-        return self.values[site]
+        return self.sites[site]
 
     def __iter__(self) -> Iterator[str]:
         """The sites."""
-        return iter(self.values)
+        return iter(self.sites)
 
     def __len__(self) -> int:
         """How many sites there are."""
-        return len(self.values)
+        return len(self.sites)
 
     def to_arviz(self) -> Any:
         """An ArviZ DataTree with groups `posterior`, `sample_stats` and `log_likelihood` where known.
@@ -54,7 +54,7 @@ class Draws(Mapping[str, Tensor]):
             import arviz_base
         except ImportError as error:
             raise OptionError("to_arviz() needs arviz-base: pip install 'pgen-ppl[diagnostics]'") from error
-        groups = {"posterior": self.values, "sample_stats": self.stats, "log_likelihood": self.log_likelihood}
+        groups = {"posterior": self.sites, "sample_stats": self.stats, "log_likelihood": self.log_likelihood}
         return arviz_base.from_dict({name: self._chains(group) for name, group in groups.items() if group})
 
     def _chains(self, group: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
@@ -62,6 +62,6 @@ class Draws(Mapping[str, Tensor]):
 
     def __repr__(self) -> str:
         """Sites and shapes."""
-        shapes = ", ".join(f"{k} {list(v.shape)}" for k, v in self.values.items())
+        shapes = ", ".join(f"{k} {list(v.shape)}" for k, v in self.sites.items())
         trust = "" if self.khat is None else f"; k-hat up to {float(self.khat.max()):.2f}"
         return f"Draws({shapes}{trust})"

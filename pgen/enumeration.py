@@ -5,27 +5,33 @@ different dimensions only if some site depends on both, so the dimensions are a 
 graph: a hidden Markov chain of any length takes two, and a network of a hundred sites a handful, where one
 dimension per site would exhaust the 64 that a tensor can have. No annotation is needed;
 `infer={"enumerate": ...}`, `config_enumerate` and `pyro.markov` are hints that change nothing.
+
+A program that was not written with batches in mind is run on one value per colour at a time instead. The
+same colours make that cheap: a chain of K states takes K squared runs, whatever its length.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+import itertools
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from pyro.distributions.util import scale_and_mask
-from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pgen.algorithms.elimination import colouring, moral_neighbours
 from pgen.algorithms.factor_graph import Factor, FactorGraph
-from pgen.capability import Refusal
-from pgen.errors import PgenError, Refused
+from pgen.errors import PgenError
+from pgen.factoring import Reader, refused
 from pgen.structure import Structure, describe_leak
 
 #: Dimensions that a tensor may have (64), less a few for the program and its distributions to work with.
 _MAX_DIMS = 60
+#: Runs that a program may be given where it cannot take all values at once.
+_MAX_RUNS = 256
+#: Random joint values at which factors are compared with a run on these values alone.
+_TRIALS = 2
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,7 @@ class Enumeration:
         supports: for each enumerated latent its values `[K, *event]`; index k of a factor means the k-th.
         shapes: for each enumerated latent its batch shape in the program.
         powers: what the product over a plate is raised to, where only a part of the plate was run.
+        apart: whether the program had to be run on the values one by one.
     """
 
     factors: Mapping[str, Factor]
@@ -46,6 +53,7 @@ class Enumeration:
     supports: Mapping[str, Tensor]
     shapes: Mapping[str, torch.Size]
     powers: Mapping[str, float]
+    apart: bool = False
 
     def graph(self, sites: Collection[str] | None = None, keep: Collection[str] = ()) -> FactorGraph:
         """The factor graph of some sites (all, if none are named), with plates to keep apart in every sum."""
@@ -71,6 +79,8 @@ def enumerate_sites(
     *,
     nesting: int | None = None,
     powers: Mapping[str, float] | None = None,
+    check: bool = False,
+    apart: bool = False,
 ) -> Enumeration:
     """Run a program with all values of the named latents, and read the log probability of every site.
 
@@ -78,214 +88,187 @@ def enumerate_sites(
     program's own.
 
     Args:
-        run: runs the program, e.g. a `Problem`; it may be called twice.
+        run: runs the program, e.g. a `Problem`; it may be called several times.
         structure: the structure of the program.
         sites: the latents to enumerate.
         nesting: batch dimensions that `run` uses; by default those of the structure.
         powers: factors by which `run` scales what is inside a plate (see `ScaleRows`). Like the scale of a
             subsampled plate, they apply to what is left once the latents inside the plate are summed out.
+        check: compare with runs on single values, and where the program gives other answers for many values
+            at once (as `m[z] = 1` does), take them one by one.
+        apart: take them one by one in any case, as an earlier call with `check` found necessary.
 
     Raises:
         Refused: a site stands in the way; the refusal names it and what it lacks.
     """
-    wanted = frozenset(sites)
-    chosen = [name for name in structure.sites if name in wanted]
-    for name in chosen:
+    plan = _Plan(
+        run, structure, frozenset(sites), structure.nesting if nesting is None else nesting, powers or {}
+    )
+    for name in plan.chosen:
         _require_enumerable(structure, name)
-    _require_followed(structure, wanted)
-    left_of = structure.nesting if nesting is None else nesting
-    scopes = {s.name: tuple(p for p in (*s.parents, s.name) if p in wanted) for s in structure}
-    shared = colouring(moral_neighbours(scopes.values()))
-    # Should the program combine values that no site depends on together, every latent gets its own dimension.
-    own = {name: i for i, name in enumerate(chosen)}
+    _require_followed(structure, plan.wanted)
     failure: Exception | None = None
-    last: str | None = None
-    for colours, candidates in ((shared, scopes), (own, dict.fromkeys(scopes, tuple(chosen)))):
-        dims = {name: -(left_of + 1 + colours[name]) for name in chosen}
-        if -min(dims.values(), default=0) > _MAX_DIMS:
-            continue
-        reader = _Reader(structure, candidates, dims, left_of, powers or {})
+    site: str | None = None
+    for reader in () if apart else plan.readers():
         try:
-            return reader.read(run)
+            found = _found(reader.read(run))
         except PgenError:
             raise
         except Exception as error:
-            if not chosen:
+            if not plan.chosen:
                 raise
-            failure, last = error, reader.current
-    if failure is None:
-        raise _refused(
-            None,
-            f"room for all its values: at most {_MAX_DIMS} finite latents may meet",
-            f"{max(shared.values()) + 1} latents of {structure.name} meet in its distributions",
-        )
-    raise _refused(
-        last,
-        "statements that work on all values of the finite latents at once",
-        f"{structure.name} raised {type(failure).__name__} near it ({failure}) when {_listed(chosen)} held "
-        "all their values, as tensors of shape [values, 1, ...]; index tensors by tensors (`table[z]`, "
-        "`Vindex(table)[..., z]`), and choose by torch.where instead of `if`",
-    ) from failure
-
-
-def _listed(names: Collection[str]) -> str:
-    first = list(names)[:5]
-    return ", ".join(first) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-class _Mixed(RuntimeError):
-    """A log probability extends along a dimension that none of its site's ancestors was given."""
-
-
-class _Reader(Messenger):
-    """Gives latents their values on the way in, and turns log probabilities into factors on the way out."""
-
-    def __init__(
-        self,
-        structure: Structure,
-        candidates: Mapping[str, tuple[str, ...]],
-        dims: Mapping[str, int],
-        nesting: int,
-        powers: Mapping[str, float],
-    ) -> None:
-        super().__init__()
-        self.structure = structure
-        self.candidates = candidates
-        self.dims = dims
-        self.nesting = nesting
-        self.given = powers
-        self.current: str | None = None
-        self.factors: dict[str, Factor] = {}
-        self.variables: dict[str, tuple[str, ...]] = {}
-        self.powers: dict[str, float] = {}
-        self.supports: dict[str, Tensor] = {}
-        self.shapes: dict[str, torch.Size] = {}
-
-    def read(self, run: Callable[[], object]) -> Enumeration:
-        try:
-            with self:
-                run()
-        except PgenError:
+            failure, site = error, reader.current
+            continue
+        site = plan.differing(found) if check and plan.chosen else None
+        if site is None:
+            return found
+    try:
+        return plan.one_by_one()
+    except PgenError as error:
+        if failure is None:
             raise
-        except Exception:
-            # What a program does after its last site (stacking its states, say) has no part in its law.
-            if any(name not in self.factors for name in self.structure.sites):
-                raise
-        return Enumeration(self.factors, self.variables, self.supports, self.shapes, self.powers)
+        raise refused(
+            site,
+            "statements that work on all values of the finite latents at once",
+            f"{structure.name} raised {type(failure).__name__} near it ({failure}) when "
+            f"{_listed(plan.chosen)} held all their values, as tensors of shape [values, 1, ...], and to try "
+            "them one by one takes too many runs; index tensors by tensors (`table[z]`, "
+            "`Vindex(table)[..., z]`), and choose by torch.where",
+        ) from error
 
-    def _pyro_sample(self, msg: Any) -> None:
-        name = msg["name"]
-        self.current = name
-        if name not in self.dims or msg["is_observed"]:
-            return
-        support = msg["fn"].enumerate_support(expand=False)
-        event = support.shape[support.dim() - len(msg["fn"].event_shape) :]
-        self.supports[name] = support.reshape(support.shape[:1] + event)
-        msg["value"] = support.reshape(support.shape[:1] + (1,) * (-self.dims[name] - 1) + event)
-        msg["done"] = True
 
-    def _pyro_post_sample(self, msg: Any) -> None:
-        name, fn = msg["name"], msg["fn"]
-        if type(fn).__name__ == "_Subsample" or (msg["infer"] or {}).get("_deterministic"):
-            return
-        frames = {frame.dim: frame for frame in msg["cond_indep_stack"] if frame.dim is not None}
-        scale = self._beyond_plates(msg, frames)
-        if name in self.supports:
-            if not isinstance(scale, float) or scale != 1.0:
-                raise _refused(
-                    name,
-                    "a log probability that is not scaled",
-                    "it is summed out, and poutine.scale around it leaves open whether the sum or its terms "
-                    "are scaled; scale the observed sites only",
-                )
-            undeclared = [d for d in range(-len(fn.batch_shape), 0) if d not in frames and d >= -self.nesting]
-            if any(fn.batch_shape[d] > 1 for d in undeclared):
-                raise _refused(
-                    name,
-                    "a plate around its batch dimensions",
-                    f"its batch shape is {list(self.structure.sites[name].batch_shape)}, and only pyro.plate "
-                    "says that its elements are independent; put the statement into a plate",
-                )
-            # A mask takes a latent out of the joint density. Summed out it counts for one, as its law does.
-            log = self._own_table(name, fn)
-            self.variables[name] = tuple(plate_name(self.structure, frames[d].name) for d in sorted(frames))
-            batch = len(self.structure.sites[name].batch_shape)
-            sizes = (
-                frames[d].size if d in frames else 1 for d in range(-max(batch, -min(frames, default=0)), 0)
+@dataclass(frozen=True)
+class _Plan:
+    """What the attempts at enumeration have in common."""
+
+    run: Callable[[], object]
+    structure: Structure
+    wanted: frozenset[str]
+    nesting: int
+    powers: Mapping[str, float]
+
+    @property
+    def chosen(self) -> list[str]:
+        """The latents, in program order."""
+        return [name for name in self.structure.sites if name in self.wanted]
+
+    def scopes(self) -> dict[str, tuple[str, ...]]:
+        """For each site the latents that its law or value involves."""
+        return {s.name: tuple(p for p in (*s.parents, s.name) if p in self.wanted) for s in self.structure}
+
+    def readers(self) -> Iterator[Reader]:
+        """First a dimension per colour; then, for programs that combine values in passing, one per latent."""
+        scopes, chosen = self.scopes(), self.chosen
+        shared = colouring(moral_neighbours(scopes.values()))
+        own = {name: i for i, name in enumerate(chosen)}
+        for colours, candidates in ((shared, scopes), (own, dict.fromkeys(scopes, tuple(chosen)))):
+            dims = {name: -(self.nesting + 1 + colours[name]) for name in chosen}
+            if -min(dims.values(), default=0) <= _MAX_DIMS:
+                yield Reader(self.structure, self.nesting, self.powers, dims=dims, candidates=candidates)
+
+    def one_by_one(self) -> Enumeration:
+        """A run for each joint value of the colours: together they visit every cell of every factor."""
+        scopes, chosen = self.scopes(), self.chosen
+        colours = colouring(moral_neighbours(scopes.values()))
+        first = self._pick(dict.fromkeys(chosen, 0))
+        sizes = [0] * (max(colours.values(), default=-1) + 1)
+        for name in chosen:
+            sizes[colours[name]] = max(sizes[colours[name]], len(first.supports[name]))
+        if math.prod(sizes) > _MAX_RUNS:
+            raise refused(
+                None,
+                f"room: at most {_MAX_DIMS} finite latents may meet, or {_MAX_RUNS} joint values",
+                f"{len(sizes)} latents of {self.structure.name}, with {math.prod(sizes):,} joint values, meet "
+                "in its distributions",
             )
-            self.shapes[name] = torch.Size(sizes)
-        else:
-            log = fn.log_prob(msg["value"], *msg["args"], **msg["kwargs"])
-            log = scale_and_mask(log, scale, msg["mask"])
-        self.factors[name] = self._factor(name, log, frames)
-
-    def _own_table(self, name: str, fn: Any) -> Tensor:
-        """Log probability of every value of a latent, the values along the latent's own dimension."""
-        # Asking for the support as it came lets Pyro's Categorical answer without gathering.
-        log = fn.log_prob(fn.enumerate_support(expand=False))
-        own, batch = -self.dims[name], log.dim() - 1
-        if batch < own:
-            return log.reshape(log.shape[:1] + (1,) * (own - 1 - batch) + log.shape[1:])
-        # Its ancestors reach further left, and leave its own dimension at size one.
-        return log.movedim(0, batch - own).squeeze(batch - own + 1)
-
-    def _factor(self, name: str, log: Tensor, frames: Mapping[int, Any]) -> Factor:
-        """Name the dimensions of a log probability by the plates and latents that they belong to."""
-        variables = {self.dims[other]: other for other in self.candidates.get(name, ())}
-        own = self.dims[name] if name in self.supports else 0
-        depth = max(log.dim(), -min(frames, default=0), -own)
-        log = log[(None,) * (depth - log.dim())]
-        names: list[str] = []
-        rest: list[int] = []
-        shape = list(log.shape)
-        for dim in range(-depth, 0):
-            if dim in frames:
-                names.append(plate_name(self.structure, frames[dim].name))
-                shape[dim] = frames[dim].size
-            elif dim in variables and (dim == own or shape[dim] == len(self.supports[variables[dim]])):
-                if shape[dim] > 1 or dim == own:
-                    names.append(variables[dim])
-                else:
-                    rest.append(dim)
-            elif shape[dim] == 1 or dim >= -self.nesting:
-                rest.append(dim)
-            else:
-                raise _Mixed(
-                    f"its log probability has size {shape[dim]} along dimension {dim}, which no parent has"
+        cells: dict[str, dict[tuple[int, ...], Factor]] = {name: {} for name in first.factors}
+        for at in itertools.product(*(range(size) for size in sizes)):
+            picks = {name: min(at[colours[name]], len(first.supports[name]) - 1) for name in chosen}
+            reader = first if not any(at) else self._pick(picks)
+            if reader.factors.keys() != first.factors.keys():
+                odd = next(iter(reader.factors.keys() ^ first.factors.keys()))
+                raise refused(
+                    odd, "a place in every run", "whether it is met depends on the value of a finite latent"
                 )
-        log = log.expand(shape)
-        if rest:
-            # Batch dimensions that no plate declares are a part of the value, like event dimensions.
-            log = log.sum(rest)
-        return Factor(tuple(names), log)
+            for name, factor in reader.factors.items():
+                cells[name].setdefault(tuple(picks[v] for v in scopes.get(name, ())), factor)
+        factors = {}
+        for name, table in cells.items():
+            scope = scopes.get(name, ())
+            order = itertools.product(*(range(len(first.supports[v])) for v in scope))
+            logs = torch.stack([table[at].log for at in order])
+            shape = [len(first.supports[v]) for v in scope]
+            factors[name] = Factor(
+                (*scope, *first.factors[name].names), logs.reshape(shape + list(logs.shape[1:]))
+            )
+        return Enumeration(factors, first.variables, first.supports, first.shapes, first.powers, apart=True)
 
-    def _beyond_plates(self, msg: Any, frames: Mapping[int, Any]) -> float | Tensor:
-        """The scale of a site, less that of its plates, which is kept apart: it applies outside the sums."""
-        expected = 1.0
-        for frame in frames.values():
-            power = self.given.get(frame.name, 1.0)
-            if frame.full_size is not None:
-                power *= frame.full_size / frame.size
-            self.powers[plate_name(self.structure, frame.name)] = power
-            expected *= power
-        scale = msg["scale"]
-        if isinstance(scale, Tensor):
-            if scale.numel() > 1:
-                return scale / expected
-            scale = float(scale)
-        return 1.0 if abs(scale / expected - 1.0) < 1e-6 else scale / expected
+    def differing(self, found: Enumeration) -> str | None:
+        """A site whose factor is not its log probability at some joint value of the latents, if any."""
+        for _ in range(_TRIALS):
+            index = self._random(found)
+            held = {name: found.values(name, i.unsqueeze(0))[0] for name, i in index.items()}
+            alone = self._hold(held)
+            for name, factor in found.factors.items():
+                if name in alone and not _same(*_aligned(factor, alone[name], index, found.variables)):
+                    # A law with a noisy log probability never gives the same number twice.
+                    again = self._hold(held).get(name)
+                    if again is not None and _same(again.log, alone[name].log):
+                        return name
+        return None
+
+    def _random(self, found: Enumeration) -> dict[str, Tensor]:
+        index = {}
+        for name, plates in found.variables.items():
+            sizes = dict(zip(found.factors[name].names, found.factors[name].log.shape))
+            shape = [sizes[plate] for plate in plates]
+            support = found.supports[name]
+            index[name] = torch.randint(len(support), shape, device=support.device)
+        return index
+
+    def _hold(self, values: Mapping[str, Tensor]) -> Mapping[str, Factor]:
+        return Reader(self.structure, self.nesting, self.powers, held=values).read(self.run).factors
+
+    def _pick(self, picks: Mapping[str, int]) -> Reader:
+        return Reader(self.structure, self.nesting, self.powers, picks=picks).read(self.run)
 
 
-def plate_name(structure: Structure, plate: str) -> str:
-    """What factors call a plate: programs may open several over the rows of the data, which have one name."""
-    rows, plates = structure.data_plates, structure.plates
-    return rows[0] if plate in rows and plates[plate].dim == plates[rows[0]].dim else plate
+def _found(reader: Reader) -> Enumeration:
+    return Enumeration(reader.factors, reader.variables, reader.supports, reader.shapes, reader.powers)
+
+
+def _aligned(
+    factor: Factor, alone: Factor, index: Mapping[str, Tensor], variables: Mapping[str, Sequence[str]]
+) -> tuple[Tensor, Tensor]:
+    """A factor looked up at joint values of its latents, and the same from a run on those values alone."""
+    plates = [name for name in factor.names if name not in variables]
+    place = {plate: i for i, plate in enumerate(plates)}
+    at = []
+    for name, size in zip(factor.names, factor.log.shape):
+        if name in place:
+            shape = [size if plate == name else 1 for plate in plates]
+            at.append(torch.arange(size, device=factor.log.device).reshape(shape))
+        else:
+            own = [plate for plate in plates if plate in variables[name]]
+            value = index[name].permute([variables[name].index(plate) for plate in own])
+            at.append(value[tuple(slice(None) if plate in own else None for plate in plates)])
+    found = factor.log[tuple(at)] if at else factor.log
+    return found, alone.log.permute([alone.names.index(plate) for plate in plates])
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    tolerance = 1e-8 if one.dtype == torch.float64 else 1e-3
+    return torch.allclose(one, other.to(one.dtype), rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _require_enumerable(structure: Structure, name: str) -> None:
     site = structure.sites[name]
     if site.observed or not site.enumerable:
-        raise _refused(
+        raise refused(
             name,
             "Capability.ENUMERATE",
             f"{site.distribution} with support {site.support} has no finite list of values to sum over",
@@ -296,14 +279,9 @@ def _require_followed(structure: Structure, wanted: frozenset[str]) -> None:
     for leak in structure.leaks:
         lost = sorted(leak.labels & wanted)
         if lost:
-            raise _refused(
+            raise refused(
                 lost[0],
                 "uses that stay in torch",
                 f"{describe_leak(leak)}. Index tensors by tensors (`table[z]`, `table` a tensor) and choose "
-                "by torch.where instead of `if`, so that all values can be tried at once",
+                "by torch.where instead of `if`, so that all values can be tried",
             )
-
-
-def _refused(site: str | None, missing: str, why: str) -> Refused:
-    where = f"site {site!r}" if site is not None else "the program"
-    return Refused(f"{where} lacks {missing}: {why}", Refusal(site, missing, why))

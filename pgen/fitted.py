@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from pgen import store
-from pgen.protocols import Answers, Backend
 from pgen.capability import Estimate, Offer, Query
 from pgen.draws import Draws
 from pgen.errors import CheckpointError, Dishonest, OptionError, Unanswerable
@@ -22,9 +21,12 @@ from pgen.history import History
 from pgen.isolation import isolated, seed_or_fresh
 from pgen.parameters import Parameters
 from pgen.problem import Data, Problem
+from pgen.protocols import Answers, Backend
 from pgen.structure import Structure, inspect_problem
 
-_KEEP_BYTES = 16 * 2**20  # training data up to this size is saved with the fit, so that queries without data go on working
+_KEEP_BYTES = (
+    16 * 2**20
+)  # training data up to this size is saved with the fit, so that queries without data go on working
 
 
 class Fitted:
@@ -90,7 +92,9 @@ class Fitted:
         n = _count("n", n)
         with self._isolated(seed):
             values = dict(self._answers.sample(n))
-        self._check_draws(values, [s for s in self.structure.sites if not self.structure.sites[s].factor], n, "sample")
+        self._check_draws(
+            values, [s for s in self.structure.sites if not self.structure.sites[s].factor], n, "sample"
+        )
         return values
 
     def log_prob(self, data: Data = None, *, seed: int | None = None) -> Estimate:
@@ -109,9 +113,13 @@ class Fitted:
             estimate = self._answers.log_prob(problem, structure)
         offered = self.offer.answers[Query.LOG_PROB]
         if not isinstance(estimate, Estimate):
-            raise Dishonest(f"backend {self.backend.name!r} answered log_prob with {type(estimate).__name__}; expected pgen.Estimate")
+            raise Dishonest(
+                f"backend {self.backend.name!r} answered log_prob with {type(estimate).__name__}; expected pgen.Estimate"
+            )
         if estimate.kind.strength > offered.strength:
-            raise Dishonest(f"backend {self.backend.name!r} offered log_prob as {offered.value!r} and answered it as {estimate.kind.value!r}")
+            raise Dishonest(
+                f"backend {self.backend.name!r} offered log_prob as {offered.value!r} and answered it as {estimate.kind.value!r}"
+            )
         tied = not structure.data_plates or any(not structure.local(s) for s in structure.latents)
         expected = 1 if tied else problem.rows or 1
         if tuple(estimate.value.shape) != (expected,):
@@ -144,7 +152,11 @@ class Fitted:
             CheckpointError: an option or argument has no place in such a file; the message says which.
         """
         problem = self.problem
-        kept = self._complete and sum(v.nbytes for v in (*problem.inputs.values(), *problem.observations.values())) <= _KEEP_BYTES
+        kept = (
+            self._complete
+            and sum(v.nbytes for v in (*problem.inputs.values(), *problem.observations.values()))
+            <= _KEEP_BYTES
+        )
         if problem.source is not None:
             kept, problem = False, problem.take(torch.arange(min(3, problem.rows or 0)))
         elif not kept and problem.rows is not None:
@@ -161,7 +173,10 @@ class Fitted:
             "precision": self._precision,
             "complete": bool(kept),
             "positional": list(problem.positional),
-            "arguments": {"args": [_plain(a) for a in problem.args], "kwargs": {k: _plain(v) for k, v in problem.kwargs.items()}},
+            "arguments": {
+                "args": [_plain(a) for a in problem.args],
+                "kwargs": {k: _plain(v) for k, v in problem.kwargs.items()},
+            },
             "history": self.history.to_json(),
         }
         store.save(path, tensors, metadata)
@@ -182,7 +197,9 @@ class Fitted:
     def _asked(self, data: Data) -> tuple[Problem, Structure]:
         if data is None:
             if not self._complete:
-                raise OptionError("this fit was saved without its training data (too large); give the data that you ask about")
+                raise OptionError(
+                    "this fit was saved without its training data (too large); give the data that you ask about"
+                )
             return self.problem, self.structure
         if isinstance(data, Mapping):
             used = {name for s in self.structure for name in s.inputs}
@@ -198,10 +215,14 @@ class Fitted:
     def _check_draws(self, values: Mapping[str, Tensor], sites: Any, n: int, query: str) -> None:
         missing = [s for s in sites if s not in values]
         if missing:
-            raise Dishonest(f"backend {self.backend.name!r} answered {query} without site {missing[0]!r}; it must return every site of {list(sites)}")
+            raise Dishonest(
+                f"backend {self.backend.name!r} answered {query} without site {missing[0]!r}; it must return every site of {list(sites)}"
+            )
         for site, value in values.items():
             if value.shape[:1] != (n,):
-                raise Dishonest(f"backend {self.backend.name!r} answered {query} at {site!r} with shape {tuple(value.shape)}; expected ({n}, ...)")
+                raise Dishonest(
+                    f"backend {self.backend.name!r} answered {query} at {site!r} with shape {tuple(value.shape)}; expected ({n}, ...)"
+                )
 
     def __repr__(self) -> str:
         """Program, backend, offer and training in a few lines."""
@@ -252,11 +273,15 @@ def restored(
         history, complete = History.from_json(metadata["history"]), bool(metadata["complete"])
         precision = metadata["precision"]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{where} is no saved fit: {type(error).__name__} {error} in its metadata; expected what fitted.save wrote") from error
+        raise CheckpointError(
+            f"{where} is no saved fit: {type(error).__name__} {error} in its metadata; expected what fitted.save wrote"
+        ) from error
     for what, given, saved in (("args", args, saved_args), ("kwargs", kwargs, saved_kwargs)):
         lost = [v for v in (saved.values() if isinstance(saved, dict) else saved) if _lost(v)]
         if lost and given is None:
-            raise CheckpointError(f"{where}: the fit was given {lost[0]['object']} in {what}, which a file cannot hold; give it again: pgen.load(path, program, {what}=...)")
+            raise CheckpointError(
+                f"{where}: the fit was given {lost[0]['object']} in {what}, which a file cannot hold; give it again: pgen.load(path, program, {what}=...)"
+            )
     if backend is None:
         lost_options = [k for k, v in options.items() if _lost(v)]
         if lost_options:
@@ -267,9 +292,19 @@ def restored(
         backend = find(name, {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
     elif backend.name != name:
         raise CheckpointError(f"{where} was fitted by backend {name!r}, not {backend.name!r}")
-    fitted = fit(program, data, backend, args=tuple(saved_args) if args is None else args, kwargs=saved_kwargs if kwargs is None else kwargs, seed=seed, precision=precision)
+    fitted = fit(
+        program,
+        data,
+        backend,
+        args=tuple(saved_args) if args is None else args,
+        kwargs=saved_kwargs if kwargs is None else kwargs,
+        seed=seed,
+        precision=precision,
+    )
     if _signature(fitted.structure) != signature:
-        raise CheckpointError(f"{where} holds a fit of the sites {signature}, but this program has {_signature(fitted.structure)}; load with the program that was fitted")
+        raise CheckpointError(
+            f"{where} holds a fit of the sites {signature}, but this program has {_signature(fitted.structure)}; load with the program that was fitted"
+        )
     fitted._answers.load(learned)
     fitted._answers.history = history
     fitted._complete = complete
@@ -292,7 +327,9 @@ def _plain(value: Any) -> Any:
         return value
     if isinstance(value, (list, tuple)) and all(not _lost(_plain(v)) for v in value):
         return [_plain(v) for v in value]
-    if isinstance(value, Mapping) and all(isinstance(k, str) and not _lost(_plain(v)) for k, v in value.items()):
+    if isinstance(value, Mapping) and all(
+        isinstance(k, str) and not _lost(_plain(v)) for k, v in value.items()
+    ):
         return {k: _plain(v) for k, v in value.items()}
     return {"object": f"{type(value).__module__}.{type(value).__qualname__}", "lost": True}
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from pgen.protocols import Backend
 from pgen.capability import Offer
 from pgen.choice import Explanation, choose, examine, refusal_text
 from pgen.conversion import Conversions, adapter
@@ -18,6 +17,7 @@ from pgen.errors import OptionError, Refused
 from pgen.fitted import Fitted, restored
 from pgen.isolation import isolated
 from pgen.problem import Data, Problem
+from pgen.protocols import Backend
 from pgen.registry import Registry
 from pgen.run import Run
 from pgen.structure import Structure, inspect_problem
@@ -55,12 +55,18 @@ def fit(
     seed = run.seed if seed is None else int(seed)
     with isolated(seed, run.precision):
         problem = Problem.of(program, data, args, kwargs)
-        structure, problem = _inspected(problem.to(run.device, torch.float64 if run.precision == "float64" else None))
+        structure, problem = _inspected(
+            problem.to(run.device, torch.float64 if run.precision == "float64" else None)
+        )
         chosen = _chosen(backend, structure)
         offer = chosen.examine(structure)
         if not isinstance(offer, Offer):
-            raise Refused(f"backend {chosen.name!r} cannot fit {structure.name}: {refusal_text(offer)}", offer)
-        adapters = {site: adapter(structure.conversions.named(c) for c in path) for site, path in offer.paths.items()}
+            raise Refused(
+                f"backend {chosen.name!r} cannot fit {structure.name}: {refusal_text(offer)}", offer
+            )
+        adapters = {
+            site: adapter(structure.conversions.named(c) for c in path) for site, path in offer.paths.items()
+        }
         problem = replace(problem, adapters=adapters)
         torch.manual_seed(seed)
         answers = chosen.fit(problem, structure, replace(run, seed=seed))
@@ -74,7 +80,11 @@ def _chosen(backend: str | Backend | None, structure: Structure) -> Backend:
 
 
 def explain(
-    program: Callable[..., Any], data: Data = None, *, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    program: Callable[..., Any],
+    data: Data = None,
+    *,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
 ) -> Explanation:
     """What every installed backend would answer about a program, or which site lacks what: prints as a table."""
     structure, _ = _inspected(Problem.of(program, data, args, kwargs))
@@ -94,7 +104,9 @@ def make_backend(name: str, **options: Any) -> Backend:
         if option not in known:
             close = difflib.get_close_matches(option, known, 1)
             hint = f"did you mean {close[0]!r}? " if close else ""
-            raise OptionError(f"backend {name!r} has no option {option!r}; {hint}Its options: {', '.join(known) or 'none'}")
+            raise OptionError(
+                f"backend {name!r} has no option {option!r}; {hint}Its options: {', '.join(known) or 'none'}"
+            )
     return kind(**options)
 
 
@@ -118,10 +130,14 @@ def load(
     Raises:
         CheckpointError: missing, truncated or altered files, or another program.
     """
-    return restored(path, program, lambda name, options: make_backend(name, **options), _unlearned, backend, args, kwargs)
+    return restored(
+        path, program, lambda name, options: make_backend(name, **options), _unlearned, backend, args, kwargs
+    )
 
 
-def _unlearned(program: Callable[..., Any], data: Data, backend: Backend, *, precision: Any, **options: Any) -> Fitted:
+def _unlearned(
+    program: Callable[..., Any], data: Data, backend: Backend, *, precision: Any, **options: Any
+) -> Fitted:
     return fit(program, data, backend, run=Run(steps=0, progress=False, precision=precision), **options)
 
 

@@ -20,7 +20,10 @@ class Observe(Messenger):
     """
 
     def __init__(
-        self, values: Mapping[str, Tensor], missing: Collection[str] = (), fallback: Mapping[str, Tensor] | None = None
+        self,
+        values: Mapping[str, Tensor],
+        missing: Collection[str] = (),
+        fallback: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Keep the values."""
         super().__init__()
@@ -49,7 +52,11 @@ def without_missing(name: str, fn: Any, value: Tensor) -> tuple[Any, Tensor]:
 
     Exact for laws that factorise over elements: an unobserved element integrates to one.
     """
-    base, dims = (fn.base_dist, fn.reinterpreted_batch_ndims) if isinstance(fn, torch.distributions.Independent) else (fn, 0)
+    base, dims = (
+        (fn.base_dist, fn.reinterpreted_batch_ndims)
+        if isinstance(fn, torch.distributions.Independent)
+        else (fn, 0)
+    )
     if base.event_shape:
         raise DataError(
             f"site {name!r}: NaN means missing, but the elements of {type(base).__name__} depend on each other, so a missing "

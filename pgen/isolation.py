@@ -19,15 +19,17 @@ _ONE_AT_A_TIME = threading.RLock()  # Pyro's handler stack and parameter store b
 def isolated(seed: int, precision: str | None = None) -> Iterator[int]:
     """Run with seeded generators and an empty parameter store, and restore everything afterwards.
 
-    Under the precision "float64" that is the default dtype inside. Pyro keeps one handler stack for the whole process, so threads take turns here.
+    Under the precision "float64" that is the default dtype inside. Pyro keeps one handler stack for the whole process,
+    so threads take turns here.
     """
-    with _ONE_AT_A_TIME:
-        dtype = torch.get_default_dtype()
-        validate = torch.distributions.Distribution._validate_args
-        pyro_validate = pyro.settings.get("validate_distributions_pyro"), pyro.settings.get("validate_infer"), pyro.settings.get("validate_poutine")
-        grad = torch.is_grad_enabled()
+    with _ONE_AT_A_TIME, _validation_restored():
+        dtype, grad = torch.get_default_dtype(), torch.is_grad_enabled()
         numpy_state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002 - theirs, kept as it is
-        devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+        devices = (
+            list(range(torch.cuda.device_count()))
+            if torch.cuda.is_available() and torch.cuda.is_initialized()
+            else []
+        )
         try:
             with torch.random.fork_rng(devices=devices), pyro.get_param_store().scope():
                 torch.manual_seed(seed)
@@ -41,9 +43,30 @@ def isolated(seed: int, precision: str | None = None) -> Iterator[int]:
             random.setstate(python_state)
             torch.set_grad_enabled(grad)
             torch.set_default_dtype(dtype)
-            torch.distributions.Distribution.set_default_validate_args(validate)
-            for name, value in zip(("validate_distributions_pyro", "validate_infer", "validate_poutine"), pyro_validate, strict=True):
-                pyro.settings.set(**{name: value})
+
+
+@contextmanager
+def validating(enabled: bool) -> Iterator[None]:
+    """Run with the checks of torch's and Pyro's distributions on or off, and restore each flag as it was.
+
+    `pyro.validation_enabled` takes torch's flag to be what Pyro's is, and changes it where it is not (importing zuko
+    turns torch's alone off).
+    """
+    with _validation_restored():
+        pyro.enable_validation(enabled)
+        yield
+
+
+@contextmanager
+def _validation_restored() -> Iterator[None]:
+    torchs = torch.distributions.Distribution._validate_args
+    names = ("validate_distributions_pyro", "validate_infer", "validate_poutine")
+    pyros = {name: pyro.settings.get(name) for name in names}
+    try:
+        yield
+    finally:
+        pyro.settings.set(**pyros)
+        torch.distributions.Distribution.set_default_validate_args(torchs)
 
 
 def seed_or_fresh(seed: int | None) -> int:

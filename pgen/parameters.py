@@ -22,7 +22,9 @@ from torch import Tensor, nn
 from pgen.errors import CheckpointError
 from pgen.problem import Problem
 
-_Slot = tuple[MutableMapping[str, Any], str, str]  # a module's dict of tensors, the key in it, the name of our tensor
+_Slot = tuple[
+    MutableMapping[str, Any], str, str
+]  # a module's dict of tensors, the key in it, the name of our tensor
 
 
 class Parameters:
@@ -44,7 +46,9 @@ class Parameters:
         self._known: dict[int, str] = {}
 
     @staticmethod
-    def of(problem: Problem, owners: Mapping[str, object] | None = None, run: Callable[[], object] | None = None) -> Parameters:
+    def of(
+        problem: Problem, owners: Mapping[str, object] | None = None, run: Callable[[], object] | None = None
+    ) -> Parameters:
         """Find and clone the learned tensors of a problem's program, and of further owners such as a guide.
 
         Args:
@@ -57,9 +61,13 @@ class Parameters:
             found._search(name, value)
         for name, value in (owners or {}).items():
             found._search(name, value)
-        with torch.random.fork_rng(), torch.no_grad(), pyro.get_param_store().scope() as store:
-            with found._lent(training=False):
-                (run or problem)()
+        with (
+            torch.random.fork_rng(),
+            torch.no_grad(),
+            pyro.get_param_store().scope() as store,
+            found._lent(training=False),
+        ):
+            (run or problem)()
         found._adopt(store)
         return found
 
@@ -102,14 +110,16 @@ class Parameters:
         for group in (self.tensors, self.buffers):
             for name, tensor in group.items():
                 moved = tensor.detach().to(device=device, dtype=dtype if tensor.is_floating_point() else None)
-                if moved is not tensor.detach() and (moved.device != tensor.device or moved.dtype != tensor.dtype):
+                if moved is not tensor.detach() and (
+                    moved.device != tensor.device or moved.dtype != tensor.dtype
+                ):
                     group[name] = moved.requires_grad_(tensor.requires_grad)
         return self
 
     def frozen(self) -> Parameters:
         """The same tensors detached: nothing that runs the program learns through them."""
         twin = Parameters()
-        twin.__dict__.update({k: v for k, v in vars(self).items()})
+        twin.__dict__.update(vars(self))
         twin.tensors = {k: v.detach() for k, v in self.tensors.items()}
         return twin
 
@@ -134,7 +144,11 @@ class Parameters:
         if known is None:
             trained = isinstance(tensor, nn.Parameter) and tensor.requires_grad
             clone = self._copy(tensor)
-            clone = nn.Parameter(clone) if trained else (nn.Parameter(clone, False) if isinstance(tensor, nn.Parameter) else clone)
+            clone = (
+                nn.Parameter(clone)
+                if trained
+                else (nn.Parameter(clone, False) if isinstance(tensor, nn.Parameter) else clone)
+            )
             (self.tensors if trained else self.buffers)[name] = clone
             self._known[id(tensor)] = self._known[id(clone)] = known = name
         self._slots.append((slots, key, known))
@@ -148,8 +162,13 @@ class Parameters:
         for name, tensor in store["params"].items():
             if id(tensor) in self._known:
                 continue
-            if "$$$" in name and (slots := _owner_of(tensor, name.rpartition(".")[2].rpartition("$$$")[2])) is not None:
-                self._claim(slots, name.rpartition(".")[2].rpartition("$$$")[2], name.replace("$$$", "."), tensor)
+            if (
+                "$$$" in name
+                and (slots := _owner_of(tensor, name.rpartition(".")[2].rpartition("$$$")[2])) is not None
+            ):
+                self._claim(
+                    slots, name.rpartition(".")[2].rpartition("$$$")[2], name.replace("$$$", "."), tensor
+                )
                 continue
             self.tensors[name] = self._copy(tensor).requires_grad_()
             self._constraints[name] = store["constraints"][name]
@@ -162,13 +181,17 @@ class Parameters:
             for slots, key, name in self._slots:
                 slots[key] = self.tensors[name] if name in self.tensors else self.buffers[name]
             for module in self._modules:
-                if module.training != training:  # setting an attribute of a module costs more than all else here
+                if (
+                    module.training != training
+                ):  # setting an attribute of a module costs more than all else here
                     module.training = training
             yield
         finally:
             for (slots, key, name), value in zip(self._slots, before, strict=True):
                 if name in self.buffers and slots.get(key) is not None:
-                    self.buffers[name] = slots[key]  # some modules replace a buffer instead of writing into it
+                    self.buffers[name] = slots[
+                        key
+                    ]  # some modules replace a buffer instead of writing into it
                 slots[key] = value
             for module, mode in zip(self._modules, modes, strict=True):
                 if module.training != mode:
@@ -191,7 +214,11 @@ def _modules_in(name: str, value: object, seen: set[int]) -> Iterator[tuple[str,
     elif isinstance(value, types.MethodType):
         children = [("", value.__self__), ("", value.__func__)]
     elif isinstance(value, functools.partial):
-        children = [("", value.func), *((str(i), a) for i, a in enumerate(value.args)), *value.keywords.items()]
+        children = [
+            ("", value.func),
+            *((str(i), a) for i, a in enumerate(value.args)),
+            *value.keywords.items(),
+        ]
     elif isinstance(value, types.FunctionType):
         if not _is_users(value.__module__):
             return
@@ -200,8 +227,12 @@ def _modules_in(name: str, value: object, seen: set[int]) -> Iterator[tuple[str,
         children = [(str(k), v) for k, v in value.items()]
     elif isinstance(value, (list, tuple)):
         children = [(str(i), v) for i, v in enumerate(value)]
-    elif _is_users(type(value).__module__) and hasattr(value, "__dict__") and not isinstance(value, (type, types.ModuleType, Tensor)):
-        children = [*vars(value).items(), ("", getattr(type(value), "__call__", None))]
+    elif (
+        _is_users(type(value).__module__)
+        and hasattr(value, "__dict__")
+        and not isinstance(value, (type, types.ModuleType, Tensor))
+    ):
+        children = [*vars(value).items(), ("", getattr(type(value), "__call__", None))]  # noqa: B004 - not to know, to search
     else:
         return
     for key, child in children:
@@ -230,14 +261,26 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
 def _is_users(module: str | None) -> bool:
     """Whether code of this module may hold a user's networks (libraries are not searched)."""
     root = (module or "").partition(".")[0]
-    return root not in {"torch", "pyro", "numpy", "builtins", "networkx", "zuko", "functools", "typing", "collections"}
+    return root not in {
+        "torch",
+        "pyro",
+        "numpy",
+        "builtins",
+        "networkx",
+        "zuko",
+        "functools",
+        "typing",
+        "collections",
+    }
 
 
 def _owner_of(tensor: Tensor, key: str) -> MutableMapping[str, Any] | None:
     """The dict of a module that was met only through `pyro.module`: the one that holds this very tensor."""
     for holder in gc.get_referrers(tensor):
-        if isinstance(holder, dict) and holder.get(key) is tensor and any(
-            isinstance(o, dict) and o.get("_parameters") is holder for o in gc.get_referrers(holder)
+        if (
+            isinstance(holder, dict)
+            and holder.get(key) is tensor
+            and any(isinstance(o, dict) and o.get("_parameters") is holder for o in gc.get_referrers(holder))
         ):
             return holder
     return None

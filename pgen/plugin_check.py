@@ -90,9 +90,8 @@ def check_plugin(name: str, timeout: float = 60.0) -> Check:
     if answer is None:
         return _check(plugin, _ending(done.returncode), seconds, done.stdout)
     found: dict[str, Any] = json.loads(answer)
-    return _check(
-        plugin, found["why"], seconds, done.stdout if found["why"] else b"", tuple(found["provides"])
-    )
+    said = "\n".join(line for line in lines if found["why"] and not line.startswith(token))
+    return _check(plugin, found["why"], seconds, said.encode(), tuple(found["provides"]))
 
 
 def _one(name: str) -> Plugin:

@@ -50,12 +50,19 @@ class Problem:
     positional: tuple[str, ...] = ()  # the inputs passed by position, in order
     missing: frozenset[str] = frozenset()  # the observations that hold NaN
     size_name: str | None = None  # the argument that takes the number of rows
-    adapters: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)  # site -> how its law is converted
+    adapters: Mapping[str, Callable[[Any], Any]] = field(
+        default_factory=dict
+    )  # site -> how its law is converted
     source: _Rows | None = None  # a map-style dataset whose rows are read by `take`
     suggested_batch: int | None = None
 
     @staticmethod
-    def of(program: Callable[..., Any], data: Data = None, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Problem:
+    def of(
+        program: Callable[..., Any],
+        data: Data = None,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Problem:
         """Bind data and arguments to a program.
 
         Raises:
@@ -69,14 +76,16 @@ class Problem:
         """The same program and arguments on other data."""
         clean = Problem(self.program, args=self.args, kwargs=self.kwargs, adapters=self.adapters)
         if isinstance(data, Problem):
-            raise DataError("data is a Problem already; pass its data: a mapping, a tensor, a tuple, a Dataset or a DataLoader")
+            raise DataError(
+                "data is a Problem already; pass its data: a mapping, a tensor, a tuple, a Dataset or a DataLoader"
+            )
         if isinstance(data, (DataLoader, Dataset)):
             return clean._with_source(data)
         return clean._with_tensors(data)
 
     def _with_source(self, data: DataLoader | Dataset) -> Problem:
         loader = data if isinstance(data, DataLoader) else None
-        dataset = data.dataset if isinstance(data, DataLoader) else data
+        dataset: Any = data.dataset if isinstance(data, DataLoader) else data
         if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
             raise DataError(
                 f"data is {type(dataset).__name__}, which has no length; rows are drawn by index: give a map-style Dataset "
@@ -88,7 +97,9 @@ class Problem:
         elif len(dataset) == 0:
             raise DataError(f"data is empty: {type(dataset).__name__} has 0 rows; give at least one")
         else:
-            collate = loader.collate_fn if loader is not None and loader.collate_fn is not None else default_collate
+            collate = (
+                loader.collate_fn if loader is not None and loader.collate_fn is not None else default_collate
+            )
             rows = _Rows(dataset, collate)
             first = self._with_tensors(rows.read(torch.tensor([0])))
             found = replace(first, source=rows, rows=len(dataset), size=len(dataset), total=len(dataset))
@@ -122,12 +133,23 @@ class Problem:
         observations = {k: v for k, v in tensors.items() if k not in accepts}
         for key, value in inputs.items():
             if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-                raise DataError(_not_finite(key, value, "argument", "missing values are allowed only at an observed site: {'site': tensor}"))
+                raise DataError(
+                    _not_finite(
+                        key,
+                        value,
+                        "argument",
+                        "missing values are allowed only at an observed site: {'site': tensor}",
+                    )
+                )
         for key, value in observations.items():
             if value.is_floating_point() and bool(torch.isinf(value).any()):
-                raise DataError(_not_finite(key, value, "site", "only NaN is allowed there, and means missing"))
+                raise DataError(
+                    _not_finite(key, value, "site", "only NaN is allowed there, and means missing")
+                )
         rows = _shared_rows(tensors)
-        free = [n for n in names[len(self.args) + len(positional) :] if n not in self.kwargs and n not in inputs]
+        free = [
+            n for n in names[len(self.args) + len(positional) :] if n not in self.kwargs and n not in inputs
+        ]
         required = [n for n in free if _is_required(self.program, n)]
         if len(required) > 1:
             raise DataError(
@@ -145,7 +167,9 @@ class Problem:
             size=rows,
             total=rows,
             positional=positional,
-            missing=frozenset(k for k, v in observations.items() if v.is_floating_point() and bool(torch.isnan(v).any())),
+            missing=frozenset(
+                k for k, v in observations.items() if v.is_floating_point() and bool(torch.isnan(v).any())
+            ),
             size_name=size,
         )
 
@@ -176,14 +200,21 @@ class Problem:
         """The same program run forward, nothing observed; on `n` rows, if given, recycling those of its inputs in order."""
         some = self
         if n is not None:
-            some = replace(self.take(torch.arange(n) % self.rows) if self.rows is not None else self, rows=n, size=n, total=n)
+            some = replace(
+                self.take(torch.arange(n) % self.rows) if self.rows is not None else self,
+                rows=n,
+                size=n,
+                total=n,
+            )
         return replace(some, observations={}, missing=frozenset(), unobserved=True)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Problem:
         """The data moved to a device, its floating-point tensors cast to a dtype."""
 
         def move(value: Tensor) -> Tensor:
-            return value.to(device=device, dtype=dtype if dtype is not None and value.is_floating_point() else None)
+            return value.to(
+                device=device, dtype=dtype if dtype is not None and value.is_floating_point() else None
+            )
 
         inputs = {k: move(v) for k, v in self.inputs.items()}
         return replace(self, inputs=inputs, observations={k: move(v) for k, v in self.observations.items()})
@@ -191,7 +222,9 @@ class Problem:
     @property
     def device(self) -> torch.device:
         """Where the data lies (the CPU, if there is none)."""
-        return next((v.device for v in (*self.inputs.values(), *self.observations.values())), torch.device("cpu"))
+        return next(
+            (v.device for v in (*self.inputs.values(), *self.observations.values())), torch.device("cpu")
+        )
 
     @property
     def scale(self) -> float:
@@ -200,8 +233,10 @@ class Problem:
 
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The positional and keyword arguments that the program is called with."""
-        named = {k: v for k, v in self.inputs.items() if k not in self.positional}
-        if self.size_name is not None and (self.size is not None or _is_required(self.program, self.size_name)):
+        named: dict[str, Any] = {k: v for k, v in self.inputs.items() if k not in self.positional}
+        if self.size_name is not None and (
+            self.size is not None or _is_required(self.program, self.size_name)
+        ):
             named[self.size_name] = self.size if self.size is not None else 1
         return (*(self.inputs[k] for k in self.positional), *self.args), {**self.kwargs, **named}
 
@@ -210,7 +245,11 @@ class Problem:
         if self.source is not None:
             return self.take(torch.arange(self.rows or 0))()
         args, kwargs = self.arguments()
-        meet = poutine.uncondition() if self.unobserved else Observe(self.observations, self.missing, fallback=self.inputs)
+        meet = (
+            poutine.uncondition()
+            if self.unobserved
+            else Observe(self.observations, self.missing, fallback=self.inputs)
+        )
         with Adapt(self.adapters), meet:
             return self.program(*args, **kwargs)
 
@@ -239,7 +278,11 @@ def _parameters_of(program: Callable[..., Any]) -> tuple[list[str], bool]:
     if signature is None:
         return [], True
     kinds = inspect.Parameter
-    names = [p.name for p in signature.parameters.values() if p.kind in (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY, kinds.POSITIONAL_ONLY)]
+    names = [
+        p.name
+        for p in signature.parameters.values()
+        if p.kind in (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY, kinds.POSITIONAL_ONLY)
+    ]
     return names, any(p.kind is kinds.VAR_POSITIONAL for p in signature.parameters.values())
 
 
@@ -263,7 +306,9 @@ def _as_tensor(key: str, value: Any) -> Tensor:
         try:
             tensor = torch.as_tensor(value)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise DataError(f"data {key!r}: {type(value).__name__} does not make a tensor ({error}); give numbers of one shape") from error
+            raise DataError(
+                f"data {key!r}: {type(value).__name__} does not make a tensor ({error}); give numbers of one shape"
+            ) from error
         if tensor.dtype is torch.float64 and not isinstance(value, (np.ndarray, np.generic)):
             tensor = tensor.to(torch.get_default_dtype())
     else:

@@ -35,7 +35,9 @@ class Leak:
 class _Storage:
     owner: Tensor  # keeps the memory alive, so that its address stays its own
     marks: Marks = field(default_factory=dict)  # masks here are flat, one entry per element of the storage
-    spans: dict[str, tuple[int, int]] = field(default_factory=dict)  # where in the storage a mask may hold, if known
+    spans: dict[str, tuple[int, int]] = field(
+        default_factory=dict
+    )  # where in the storage a mask may hold, if known
 
 
 class Provenance:
@@ -71,7 +73,9 @@ class Provenance:
 
     def labels(self, *tensors: Any) -> frozenset[str]:
         """All labels that any element of the tensors was computed from."""
-        return frozenset(label for t in tree_leaves(tensors) if isinstance(t, Tensor) for label in self.read(t))
+        return frozenset(
+            label for t in tree_leaves(tensors) if isinstance(t, Tensor) for label in self.read(t)
+        )
 
     def read(self, tensor: Tensor) -> Marks:
         """The marks of a tensor's elements."""
@@ -105,7 +109,10 @@ class Provenance:
         size = tensor.untyped_storage().nbytes() // max(1, tensor.element_size())
         whole = tensor.numel() == size and tensor.is_contiguous()
         if whole and not keep:
-            stored.marks = {k: True if m is True else torch.as_tensor(m).expand(tensor.shape).reshape(-1).clone() for k, m in marks.items()}
+            stored.marks = {
+                k: True if m is True else torch.as_tensor(m).expand(tensor.shape).reshape(-1).clone()
+                for k, m in marks.items()
+            }
             stored.spans = {}
             return
         for label in marks if keep else [*stored.marks, *marks]:
@@ -139,9 +146,37 @@ class Provenance:
             self.leaks.append(Leak(labels, operation, where))
 
 
-_OVERWRITES = {"copy_", "fill_", "zero_", "normal_", "uniform_", "random_", "bernoulli_", "exponential_", "geometric_", "cauchy_", "log_normal_"}
-_MOVES: dict[str, tuple[int, ...]] = {  # operations that only move data, and the positions of the arguments that they move
-    **dict.fromkeys(("cat", "stack", "clone", "index", "index_select", "gather", "repeat", "flip", "roll", "masked_select"), (0,)),
+_OVERWRITES = {
+    "copy_",
+    "fill_",
+    "zero_",
+    "normal_",
+    "uniform_",
+    "random_",
+    "bernoulli_",
+    "exponential_",
+    "geometric_",
+    "cauchy_",
+    "log_normal_",
+}
+_MOVES: dict[
+    str, tuple[int, ...]
+] = {  # operations that only move data, and the positions of the arguments that they move
+    **dict.fromkeys(
+        (
+            "cat",
+            "stack",
+            "clone",
+            "index",
+            "index_select",
+            "gather",
+            "repeat",
+            "flip",
+            "roll",
+            "masked_select",
+        ),
+        (0,),
+    ),
     **dict.fromkeys(("constant_pad_nd", "_unsafe_view", "_reshape_copy", "take", "tril", "triu"), (0,)),
     **dict.fromkeys(("select_scatter", "slice_scatter"), (0, 1)),
     "index_put": (0, 2),
@@ -167,8 +202,12 @@ class _Operations(TorchDispatchMode):
             return func(*args, **kwargs)
         before = {id(t): p.read(t) for t in inputs}
         marked = any(before.values())
-        written = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-        targets = [t for n in written for t in tree_leaves(_argument(func, args, kwargs, n)) if isinstance(t, Tensor)]
+        written = [
+            a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write
+        ]
+        targets = [
+            t for n in written for t in tree_leaves(_argument(func, args, kwargs, n)) if isinstance(t, Tensor)
+        ]
         out = func(*args, **kwargs)
         if targets:
             sources = [t for t in inputs if all(t is not w for w in targets)]
@@ -177,9 +216,19 @@ class _Operations(TorchDispatchMode):
                 if inplace and name == "index_put_":
                     self._index_put(target, args, before)
                 elif inplace and name not in _OVERWRITES:
-                    p.write(target, _pointwise(sources, before, target) if _is_pointwise(func) else _union(sources, before), keep=True)
+                    p.write(
+                        target,
+                        _pointwise(sources, before, target)
+                        if _is_pointwise(func)
+                        else _union(sources, before),
+                        keep=True,
+                    )
                 else:
-                    marks = _pointwise(sources, before, target) if _is_pointwise(func) or name == "copy_" else _union(sources, before)
+                    marks = (
+                        _pointwise(sources, before, target)
+                        if _is_pointwise(func) or name == "copy_"
+                        else _union(sources, before)
+                    )
                     p.write(target, marks)
             return out
         if not marked:
@@ -206,7 +255,9 @@ class _Operations(TorchDispatchMode):
             mask.index_put_(tuple(indices), _mask(new.get(label, False), values))
             marks[label] = mask | was if len(args) > 3 and args[3] else mask
         self.provenance.write(target, marks)
-        self.provenance.write(target, _union([i for i in indices if isinstance(i, Tensor)], before), keep=True)
+        self.provenance.write(
+            target, _union([i for i in indices if isinstance(i, Tensor)], before), keep=True
+        )
 
 
 class _Functions(TorchFunctionMode):
@@ -252,8 +303,9 @@ def _scalar_indices(index: Any) -> list[Tensor]:
 
 def _span(tensor: Tensor) -> tuple[int, int]:
     """First and last element of the storage that a tensor may touch."""
-    start = tensor.storage_offset()
-    return start, start + sum((n - 1) * step for n, step in zip(tensor.size(), tensor.stride(), strict=True) if n > 1)
+    start = int(tensor.storage_offset())
+    steps = zip(tensor.size(), tensor.stride(), strict=True)
+    return start, start + sum((int(n) - 1) * int(step) for n, step in steps if n > 1)
 
 
 def _address(tensor: Tensor) -> int:
@@ -287,7 +339,9 @@ def _pointwise(tensors: Iterable[Tensor], before: Mapping[int, Marks], like: Ten
             if mask is True or old is True:
                 found[label] = True
             else:
-                found[label] = torch.as_tensor(old, device=like.device) | torch.as_tensor(mask, device=like.device)
+                found[label] = torch.as_tensor(old, device=like.device) | torch.as_tensor(
+                    mask, device=like.device
+                )
     return {k: m if m is True else torch.as_tensor(m).expand(like.shape) for k, m in found.items()}
 
 

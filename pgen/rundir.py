@@ -17,7 +17,8 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -115,6 +116,16 @@ class RunDirectory:
                 f"{path}: the run directory cannot be written: {error.strerror or error}"
             ) from error
         return made
+
+    @contextmanager
+    def unless_failed(self) -> Iterator[None]:
+        """Take the folder away again if a run fails before there is anything in it to keep."""
+        try:
+            yield
+        except BaseException:
+            if {f.name for f in self.path.iterdir()} <= {CONFIG}:
+                shutil.rmtree(self.path, ignore_errors=True)
+            raise
 
     @property
     def fit(self) -> Path:

@@ -13,13 +13,16 @@ from torch import Tensor
 
 from pgen.capability import Capability
 from pgen.handlers import Substitute
+from pgen.isolation import validating
 from pgen.problem import Problem
 from pgen.structure import Structure
 
 _CHUNK = 64  # draws run side by side where every draw needs a row of inputs of its own
 
 
-def draw(problem: Problem, structure: Structure, n: int, given: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+def draw(
+    problem: Problem, structure: Structure, n: int, given: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     """`n` independent joint draws of every site of the program, each of shape [n, ...].
 
     Sites inside the data plate contribute one row per draw; every draw has its own value of the sites outside it.
@@ -69,11 +72,13 @@ def vectorizes(problem: Problem, structure: Structure) -> bool:
     """
 
     def has_density(name: str, node: Any = None) -> bool:
-        return name in structure.sites and bool(structure.sites[name].capabilities & {Capability.LOG_PROB, Capability.LOG_DENSITY})
+        return name in structure.sites and bool(
+            structure.sites[name].capabilities & {Capability.LOG_PROB, Capability.LOG_DENSITY}
+        )
 
     probe = problem.take(torch.arange(2) % problem.rows) if problem.rows is not None else problem
     try:
-        with torch.random.fork_rng(), torch.no_grad(), pyro.validation_enabled(False):
+        with torch.random.fork_rng(), torch.no_grad(), validating(False):
             torch.manual_seed(1)
             both = poutine.trace(particles(probe, structure, 2)).get_trace()
             both.compute_log_prob(has_density)
@@ -90,7 +95,7 @@ def vectorizes(problem: Problem, structure: Structure) -> bool:
                     mine, theirs = torch.broadcast_tensors(mine, theirs)
                     if not torch.allclose(mine, theirs, rtol=1e-4, atol=1e-5, equal_nan=True):
                         return False
-    except Exception:  # noqa: BLE001 - whatever it raises, it does not run side by side
+    except Exception:
         return False
     return True
 
@@ -135,7 +140,9 @@ def _row_axis(value: Tensor, structure: Structure, site: str) -> int | None:
     return None if plate is None else value.dim() - len(law.event_shape) + plate.dim
 
 
-def _side_by_side(forward: Problem, structure: Structure, n: int, given: Mapping[str, Tensor], diagonal: bool) -> dict[str, Tensor]:
+def _side_by_side(
+    forward: Problem, structure: Structure, n: int, given: Mapping[str, Tensor], diagonal: bool
+) -> dict[str, Tensor]:
     """One run under an outer plate of n; `diagonal` keeps row i of draw i (the only row, where there is one)."""
     laid = {s: spread(v, structure, s) for s, v in given.items()}
     trace = poutine.trace(_substituted(particles(forward, structure, n), laid)).get_trace()
@@ -152,7 +159,9 @@ def _side_by_side(forward: Problem, structure: Structure, n: int, given: Mapping
     return out
 
 
-def _loop(problem: Problem, structure: Structure, n: int, given: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+def _loop(
+    problem: Problem, structure: Structure, n: int, given: Mapping[str, Tensor] | None
+) -> dict[str, Tensor]:
     kept: dict[str, list[Tensor]] = {s: [] for s in _drawn(structure)}
     for i in range(n):
         one = problem.take(torch.tensor([i % problem.rows])) if problem.rows else problem

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import networkx as nx
-import pyro
 import pyro.distributions as dist
 import torch
 from pyro.poutine.messenger import Messenger
@@ -17,12 +16,14 @@ from torch import Tensor
 from pgen.capability import Capability, Measure, capabilities_of
 from pgen.conversion import Conversions
 from pgen.errors import DataError, PgenError, ProgramError
-from pgen.isolation import isolated
+from pgen.isolation import isolated, validating
 from pgen.parameters import Parameters
 from pgen.problem import Data, Problem, _name
 from pgen.provenance import Leak, Provenance
 
-_LIGHT_ROWS = 2048  # up to so many rows, all of them are run once, so that bad data is found before any work is done
+_LIGHT_ROWS = (
+    2048  # up to so many rows, all of them are run once, so that bad data is found before any work is done
+)
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,9 @@ class Structure:
     @property
     def nesting(self) -> int:
         """Batch dimensions in use; dimensions to the left of these are free."""
-        return max([0, *(len(s.batch_shape) for s in self.sites.values()), *(-p.dim for p in self.plates.values())])
+        return max(
+            [0, *(len(s.batch_shape) for s in self.sites.values()), *(-p.dim for p in self.plates.values())]
+        )
 
     @property
     def measure(self) -> Measure:
@@ -146,7 +149,9 @@ class Structure:
             shape = "" if not s.event_shape else f" {list(s.event_shape)}"
             given = f" | {', '.join(s.parents)}" if s.parents else ""
             plates = f"  in {', '.join(s.plates)}" if s.plates else ""
-            lines.append(f"  {role:8} {s.name}{given} ~ {s.distribution}{shape}{plates}{'' if s.certain else '  (parents uncertain)'}")
+            lines.append(
+                f"  {role:8} {s.name}{given} ~ {s.distribution}{shape}{plates}{'' if s.certain else '  (parents uncertain)'}"
+            )
         lines += [f"  note: {describe_leak(leak)}" for leak in self.leaks]
         return "\n".join(lines)
 
@@ -157,7 +162,11 @@ def describe_leak(leak: Leak) -> str:
 
 
 def structure_of(
-    program: Callable[..., Any] | Problem, data: Data = None, *, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    program: Callable[..., Any] | Problem,
+    data: Data = None,
+    *,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
 ) -> Structure:
     """Inspect a program on its data: one run that touches no global state.
 
@@ -168,7 +177,9 @@ def structure_of(
         DataError: a key is neither an argument nor a site, a value has the wrong shape or lies outside the support.
         ProgramError: the program itself raises.
     """
-    return inspect_problem(program if isinstance(program, Problem) else Problem.of(program, data, args, kwargs))[0]
+    return inspect_problem(
+        program if isinstance(program, Problem) else Problem.of(program, data, args, kwargs)
+    )[0]
 
 
 def inspect_problem(problem: Problem) -> tuple[Structure, Problem]:
@@ -179,30 +190,36 @@ def inspect_problem(problem: Problem) -> tuple[Structure, Problem]:
 
 def _inspect_problem(problem: Problem) -> tuple[Structure, Problem]:
     if problem.rows is None:
-        run = _inspect(problem, follow=True)
-        return _structure(run, problem, ()), problem
+        return _structure(_inspect(problem, follow=True), problem, ()), problem
     few = 3 if problem.rows != 3 else 2
     try:
         run = _inspect(problem.take(torch.arange(few) % problem.rows), follow=True)
-        fixed = False
-    except PgenError:
-        fixed = True
-    if not fixed:
+    except PgenError:  # perhaps only because the program cannot take fewer rows: its full run will tell
+        run = None
+    if run is not None:
         other = problem if problem.rows <= _LIGHT_ROWS else problem.take(torch.arange(5) % problem.rows)
-        second = _inspect(other, follow=False)
-        fixed = run.sites.keys() != second.sites.keys()
-        grown = tuple(
-            n for n, p in run.plates.items() if p.size == few and n in second.plates and second.plates[n].size == other.rows
-        )
-        for name in run.sites:
-            if not fixed and not any(p in grown for p in run.sites[name].plates):
-                fixed |= run.sites[name].batch_shape != second.sites[name].batch_shape
-                fixed |= run.sites[name].event_shape != second.sites[name].event_shape
-        fixed |= not grown
-    if fixed:
-        whole = problem.whole()
-        return _structure(_inspect(whole, follow=True), whole, ()), whole
-    return _structure(run, problem, grown), problem
+        grown = _grown(run, few, _inspect(other, follow=False), other.rows)
+        if grown:
+            return _structure(run, problem, grown), problem
+    whole = problem.whole()
+    return _structure(_inspect(whole, follow=True), whole, ()), whole
+
+
+def _grown(run: _Inspected, few: int, second: _Inspected, rows: int | None) -> tuple[str, ...]:
+    """The plates that have as many copies as there are rows; none, unless all else is the same in both runs."""
+    if run.sites.keys() != second.sites.keys():
+        return ()
+    grown = tuple(
+        n
+        for n, p in run.plates.items()
+        if p.size == few and n in second.plates and second.plates[n].size == rows
+    )
+    for name, site in run.sites.items():
+        other = second.sites[name]
+        same = (site.batch_shape, site.event_shape) == (other.batch_shape, other.event_shape)
+        if not same and not any(p in grown for p in site.plates):
+            return ()
+    return grown
 
 
 @dataclass
@@ -218,7 +235,7 @@ def _inspect(problem: Problem, follow: bool) -> _Inspected:
     watch = _Watch(problem, Provenance() if follow else None)
     at: _Progress = _Progress()
     try:
-        with torch.no_grad(), pyro.validation_enabled(True), warnings.catch_warnings():
+        with torch.no_grad(), validating(True), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             torch.manual_seed(0)
             with at:
@@ -253,14 +270,20 @@ def _inspect(problem: Problem, follow: bool) -> _Inspected:
                 "can be observed in part: drop those rows, or give the site's complete values"
             )
     leaks = watch.provenance.leaks if watch.provenance else []
-    clean = [Leak(found, leak.operation, leak.where) for leak in leaks if (found := frozenset(_only(leak.labels, "site")))]
+    clean = [
+        Leak(found, leak.operation, leak.where)
+        for leak in leaks
+        if (found := frozenset(_only(leak.labels, "site")))
+    ]
     return _Inspected(watch.sites, watch.plates, watch.uncertain, clean, tuple(parameters.tensors))
 
 
 def _open_arguments(problem: Problem) -> list[str]:
     from pgen.problem import _parameters_of
 
-    return [n for n in _parameters_of(problem.program)[0] if n not in problem.inputs and n != problem.size_name]
+    return [
+        n for n in _parameters_of(problem.program)[0] if n not in problem.inputs and n != problem.size_name
+    ]
 
 
 def _structure(run: _Inspected, problem: Problem, data_plates: tuple[str, ...]) -> Structure:
@@ -344,7 +367,11 @@ class _Watch(_Progress):
             _check_value(name, fn, value)
         capabilities, labels = self._examine(fn, value, msg, factor)
         parents = _only(labels, "site") - {name}
-        before = frozenset(p for leak in (self.provenance.leaks if self.provenance else []) for p in _only(leak.labels, "site")) - {name}
+        before = frozenset(
+            p
+            for leak in (self.provenance.leaks if self.provenance else [])
+            for p in _only(leak.labels, "site")
+        ) - {name}
         self.uncertain[name] = before - parents
         cardinality = _cardinality(fn) if Capability.ENUMERATE in capabilities and not factor else None
         support = _support(fn)
@@ -379,7 +406,9 @@ class _Watch(_Progress):
     def _labels(self, *tensors: Any) -> frozenset[str]:
         return self.provenance.labels(*tensors) if self.provenance is not None else frozenset()
 
-    def _examine(self, fn: Any, value: Any, msg: Any, factor: bool) -> tuple[frozenset[Capability], frozenset[str]]:
+    def _examine(
+        self, fn: Any, value: Any, msg: Any, factor: bool
+    ) -> tuple[frozenset[Capability], frozenset[str]]:
         """What the law can do, and what it was computed from: by its density, by a draw where it has none."""
         capabilities = capabilities_of(fn)
         labels = self._labels(msg["mask"], msg["scale"])
@@ -399,7 +428,9 @@ class _Watch(_Progress):
                     f"({error}); give them as floating-point numbers: data.float()"
                 ) from error
         if msg["is_observed"]:
-            labels -= {f"site:{msg['name']}"} | {f"input:{k}" for k in self.problem.inputs} - self._input_labels(fn)
+            labels -= {f"site:{msg['name']}"} | {
+                f"input:{k}" for k in self.problem.inputs
+            } - self._input_labels(fn)
             if density is None and Capability.SAMPLE in capabilities:
                 labels |= self._labels(fn.sample())
         else:
@@ -426,7 +457,9 @@ def _only(labels: Any, kind: str) -> frozenset[str]:
 
 
 def _base(fn: Any) -> Any:
-    while isinstance(fn, (torch.distributions.Independent, dist.ExpandedDistribution, dist.MaskedDistribution)):
+    while isinstance(
+        fn, (torch.distributions.Independent, dist.ExpandedDistribution, dist.MaskedDistribution)
+    ):
         fn = fn.base_dist
     return fn
 
@@ -446,7 +479,14 @@ def _tensors_of(thing: Any, depth: int = 0) -> list[Tensor]:
         return []
     if isinstance(thing, (list, tuple)):
         return [t for part in thing for t in _tensors_of(part, depth + 1)]
-    if isinstance(thing, (torch.distributions.Distribution, torch.distributions.constraints.Constraint, torch.distributions.Transform)):
+    if isinstance(
+        thing,
+        (
+            torch.distributions.Distribution,
+            torch.distributions.constraints.Constraint,
+            torch.distributions.Transform,
+        ),
+    ):
         return [t for part in vars(thing).values() for t in _tensors_of(part, depth + 1)]
     return []
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -65,12 +67,16 @@ def pgen(*words, code=0):
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    (tmp_path / "coin.py").write_text(COIN)
-    (tmp_path / "line.py").write_text(LINE)
-    (tmp_path / "coin.csv").write_text("x\n1.\n1.\n0.\n1.\n")
-    values = torch.randn(400, generator=torch.Generator().manual_seed(1)) * 0.5 + 2.0
-    np.savez(tmp_path / "line.npz", x=values.numpy())
+    _write(tmp_path)
     return tmp_path
+
+
+def _write(folder):
+    (folder / "coin.py").write_text(COIN)
+    (folder / "line.py").write_text(LINE)
+    (folder / "coin.csv").write_text("x\n1.\n1.\n0.\n1.\n")
+    values = torch.randn(400, generator=torch.Generator().manual_seed(1)) * 0.5 + 2.0
+    np.savez(folder / "line.npz", x=values.numpy())
 
 
 # --- words that are values --------------------------------------------------------------------------------
@@ -300,22 +306,35 @@ def test_a_plugin_is_checked_in_a_process_of_its_own():
 # --- fit, and what is done with it ------------------------------------------------------------------------
 
 
+FIT = [
+    "line.py:Line",
+    "--data",
+    "line.npz",
+    "--backend",
+    "exact",
+    "--steps",
+    300,
+    "--lr",
+    0.05,
+    "--out",
+    "run",
+]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """One run directory for all tests, and what `pgen fit` said."""
+    folder = tmp_path_factory.mktemp("trained")
+    with contextlib.chdir(folder), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", list(sys.path))
+        _write(folder)
+        return folder / "run", json.loads(pgen("fit", *FIT, "--json"))
+
+
 @pytest.fixture
-def fitted(here):
-    words = [
-        "line.py:Line",
-        "--data",
-        "line.npz",
-        "--backend",
-        "exact",
-        "--steps",
-        300,
-        "--lr",
-        0.05,
-        "--out",
-        "run",
-    ]
-    return json.loads(pgen("fit", *words, "--json"))
+def fitted(here, trained):
+    shutil.copytree(trained[0], here / "run")
+    return trained[1]
 
 
 def test_fit_writes_a_run_directory(here, fitted):
@@ -464,8 +483,12 @@ def test_explain_and_compare(here):
     ("words", "told"),
     [
         (["--backend", "exakt"], "no backend is called 'exakt'; did you mean 'exact'?"),
-        (["--backend", "variational", "--set", "partciles=8"], "no option 'partciles'; did you mean 'particles'?"),
-        (["--backend", "variational", "--set", "particles=many"], "'particles' of backend 'variational' takes"),
+        (["--backend", "variational", "--set", "partciles=8"], (
+            "no option 'partciles'; did you mean 'particles'?"
+        )),
+        (["--backend", "variational", "--set", "particles=many"], (
+            "'particles' of backend 'variational' takes"
+        )),
         (["--set", "particles=8"], "--backend NAME --set particles=8"),
         (["--backend", "exact", "--run", "stepz=8"], "a run has no option 'stepz'; did you mean 'steps'?"),
         (["--backend", "exact", "--run", "steps=8", "--steps", "8"], "--run steps=...: say it by --steps"),
@@ -484,7 +507,7 @@ def test_errors_are_one_message(here, words, told):
     error = pgen("fit", "line.py:Line", "--out", "run", *given, code=2)
     assert error.startswith("Error: ")
     assert told in error
-    assert not (here / "run" / "fit").exists()
+    assert not (here / "run").exists()
 
 
 def test_debug_shows_the_traceback(here):
@@ -503,7 +526,7 @@ def test_ctrl_c_keeps_what_was_learned(here):
         )
     )
     code = "import sys; from pgen.cli import main; main(sys.argv[1:])"
-    words = "fit slow.py:Line --data line.npz --backend exact --steps 100000 --out run --json".split()
+    words = [str(w) for w in ["fit", "slow.py:Line", *FIT[1:], "--steps", 100_000, "--json"]]
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),

@@ -1,4 +1,4 @@
-"""The demo: what it prints and draws; and, in full, that its figures are as good as they were, in two minutes."""
+"""The demo: what it prints and draws; and, in full, that its figures are as good as they were."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_folder_that_cannot_be_made(tmp_path):
 
 @pytest.mark.slow
 def test_the_whole_demo(tmp_path):
-    """Nats on the test digits, with room for other machines' arithmetic (they were 88.0, 88.4, 89.1, 86.2, 96.4)."""
+    """Nats on the test digits: they were 88.0, 88.4, 89.1, 86.2, 96.4, and machines differ."""
     rows = {row.name: row for row in demo(tmp_path, seed=0)}
     limits = {"VAE by ELBO": 91, "VAE by IWAE": 91, "VAE by wake-sleep": 92, "MADE": 89, "spline flow": 99}
     assert {name for name, limit in limits.items() if -rows[name].nats > limit} == set()

@@ -218,18 +218,78 @@ def test_gradients_reach_the_parameters():
     torch.testing.assert_close(ours, torch.autograd.grad(exact, means)[0])
 
 
+def in_place():
+    """Not written for batches: with all values at once, every state would be marked."""
+    z = 0
+    for t in range(4):
+        z = pyro.sample(f"z_{t}", dist.Categorical(torch.eye(3)[z] * 0.7 + 0.1))
+        mean = torch.zeros(3)
+        mean[z] = 1.0
+        pyro.sample(f"x_{t}", dist.Normal(mean, 1.0).to_event(1), obs=torch.tensor([0.3 * t, 0.0, 1.0]))
+
+
+def test_programs_that_take_one_value_at_a_time_are_run_so():
+    runs = 0
+
+    def counted():
+        nonlocal runs
+        runs += 1
+        in_place()
+
+    structure, problem = inspect_problem(Problem.of(counted))
+    runs = 0
+    found = enumerate_sites(problem, structure, structure.latents, check=True)
+    assert found.apart
+    assert runs <= 2 + 2 + 2 + 9  # two attempts with two trials each, and every pair of neighbouring values
+    message = torch.zeros(3)
+    for t in range(4):
+        move = (torch.eye(3) * 0.7 + 0.1).log()
+        seen = dist.Normal(torch.eye(3), 1.0).log_prob(torch.tensor([0.3 * t, 0.0, 1.0])).sum(-1)
+        message = (move[0] if t == 0 else (message[:, None] + move).logsumexp(0)) + seen
+    torch.testing.assert_close(log_partition(found.graph()), message.logsumexp(0))
+    # Without the check, the wrong answer would have passed.
+    unchecked = enumerate_sites(problem, structure, structure.latents)
+    assert abs(float(log_partition(unchecked.graph()) - message.logsumexp(0))) > 0.1
+    # What is known to be needed is not tried again.
+    assert enumerate_sites(problem, structure, structure.latents, apart=True).apart
+
+
+def test_one_by_one_gives_the_factors_of_all_at_once():
+    structure, problem = inspect_problem(Problem.of(mixture, {"x": X}))
+    together = enumerate_sites(problem, structure, ["k"], check=True)
+    apart = enumerate_sites(problem, structure, ["k"], apart=True)
+    assert not together.apart
+    assert apart.apart
+    for keep in ([], ["data"]):
+        torch.testing.assert_close(
+            log_partition(together.graph(keep=keep)), log_partition(apart.graph(keep=keep))
+        )
+    torch.testing.assert_close(marginals(together.graph())["k"], marginals(apart.graph())["k"])
+
+
 def test_nothing_is_left_behind_when_a_program_fails():
-    def branching():
-        k = pyro.sample("k", dist.Categorical(WEIGHTS))
-        m = torch.zeros(3).reshape((*k.shape, 3)).sum() + torch.arange(9.0).reshape(3, 3)[:, k]
-        pyro.sample("x", dist.Normal(m.reshape(3), 1.0).to_event(1), obs=torch.zeros(3))
+    def many():
+        z = 0
+        for t in range(3):
+            z = pyro.sample(f"z_{t}", dist.Categorical(torch.ones(20, 20)[z]))
+            pyro.sample(f"x_{t}", dist.Normal(z.float().reshape(()), 1.0), obs=torch.tensor(1.0))
 
     with pytest.raises(
-        Refused, match="statements that work on all values of the finite latents at once"
+        Refused, match="work on all values of the finite latents at once: many raised"
     ) as caught:
-        enumerated(branching)
+        enumerated(many)
     assert caught.value.refusal.site is not None
     assert len(pyro.poutine.runtime._PYRO_STACK) == 0
+
+
+def test_a_site_that_is_met_for_some_values_only_is_refused():
+    def sometimes():
+        k = pyro.sample("k", dist.Categorical(WEIGHTS))
+        if k.numel() == 1 and bool(MEANS[k.detach().clone().reshape(())] > 1.0):
+            pyro.sample("extra", dist.Normal(0.0, 1.0), obs=torch.tensor(0.0))
+
+    with pytest.raises(Refused, match="site 'k' lacks uses that stay in torch"):
+        enumerated(sometimes)
 
 
 def test_a_latent_without_a_finite_support_is_refused():

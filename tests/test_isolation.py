@@ -8,7 +8,7 @@ import pyro
 import pytest
 import torch
 
-from pgen.isolation import isolated, seed_or_fresh
+from pgen.isolation import isolated, seed_or_fresh, validating
 from pgen.testing.subject import changed, observe
 
 
@@ -91,3 +91,20 @@ def test_threads_take_turns():
 def test_fresh_seeds_differ():
     assert seed_or_fresh(5) == 5
     assert len({seed_or_fresh(None) for _ in range(20)}) == 20
+
+
+@pytest.mark.parametrize("torchs", [True, False])
+@pytest.mark.parametrize("enabled", [True, False])
+def test_validation_flags_are_restored_one_by_one(torchs, enabled):
+    before = torch.distributions.Distribution._validate_args
+    torch.distributions.Distribution.set_default_validate_args(torchs)  # Pyro's stays
+    try:
+        with validating(enabled):
+            assert torch.distributions.Distribution._validate_args is enabled
+            assert pyro.settings.get("validate_distributions_pyro") is enabled
+        assert torch.distributions.Distribution._validate_args is torchs
+        with isolated(0):
+            pyro.enable_validation(enabled)
+        assert torch.distributions.Distribution._validate_args is torchs
+    finally:
+        torch.distributions.Distribution.set_default_validate_args(before)

@@ -6,41 +6,39 @@ import pytest
 
 import pgen
 
-NAMES = set(
-    [
-        "Answers",
-        "Backend",
-        "Capability",
-        "Conversion",
-        "Draws",
-        "Estimate",
-        "Exactness",
-        "Fitted",
-        "Offer",
-        "Problem",
-        "Query",
-        "Rank",
-        "Refusal",
-        "Registry",
-        "Run",
-        "Site",
-        "Structure",
-        "backend",
-        "compare",
-        "distributions",
-        "errors",
-        "explain",
-        "fit",
-        "hookimpl",
-        "hookspec",
-        "learned_factor",
-        "load",
-        "names_of",
-        "require",
-        "structure_of",
-        "testing",
-    ]
-)
+NAMES = {
+    "Answers",
+    "Backend",
+    "Capability",
+    "Conversion",
+    "Draws",
+    "Estimate",
+    "Exactness",
+    "Fitted",
+    "Offer",
+    "Problem",
+    "Query",
+    "Rank",
+    "Refusal",
+    "Registry",
+    "Run",
+    "Site",
+    "Structure",
+    "backend",
+    "compare",
+    "distributions",
+    "errors",
+    "explain",
+    "fit",
+    "hookimpl",
+    "hookspec",
+    "learned_factor",
+    "load",
+    "names_of",
+    "require",
+    "structure_of",
+    "testing",
+}
 
 #: name -> parameters in order; those after "*" by keyword only
 SIGNATURES = {
@@ -91,8 +89,8 @@ def test_the_signatures_are_these(path):
 def test_defaults_of_the_contract():
     assert inspect.signature(pgen.fit).parameters["args"].default == ()
     assert inspect.signature(pgen.Fitted.posterior).parameters["n"].default == 1000
-    options = "steps batch_size optimizer lr device precision devices nodes strategy checkpoint_every directory progress"
-    for name in (*options.split(), "compile"):
+    options = "steps batch_size optimizer lr device precision devices nodes strategy compile"
+    for name in (*options.split(), "checkpoint_every", "directory", "progress"):
         assert name in inspect.signature(pgen.Run).parameters
 
 

@@ -64,7 +64,9 @@ objectives = {
     for name in ("elbo", "iwae", "wake-sleep")
 }
 print(pgen.compare(program, train, objectives, test=test, run=run, seed=0))
-print("closed form, true parameters:", evidence(true_weight, true_bias, true_log_noise, test["x"]).mean().item())
+print(
+    "closed form, true parameters:", evidence(true_weight, true_bias, true_log_noise, test["x"]).mean().item()
+)
 
 # %% [markdown]
 # ## Swap the guide

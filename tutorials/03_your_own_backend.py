@@ -42,9 +42,13 @@ class Quantiles:
     def examine(self, structure):
         """One latent, shared by all rows, with a quantile function; everything else must have a density."""
         if structure.params:
-            return pgen.Refusal(None, "fixed parameters", f"{structure.params[0]!r} is to be learned, and it only integrates")
+            return pgen.Refusal(
+                None, "fixed parameters", f"{structure.params[0]!r} is to be learned, and it only integrates"
+            )
         if len(structure.latents) != 1:
-            return pgen.Refusal(None, "a single latent", f"it integrates over one, not {list(structure.latents)}")
+            return pgen.Refusal(
+                None, "a single latent", f"it integrates over one, not {list(structure.latents)}"
+            )
         site = structure.sites[structure.latents[0]]
         if site.distribution not in INVERTIBLE or site.plates or site.event_shape:
             why = f"it needs a real number whose law is one of {', '.join(sorted(INVERTIBLE))}"

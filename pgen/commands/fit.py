@@ -73,8 +73,9 @@ def fit(
         seed=seed,
         observers=(JsonLines(directory.metrics),),
     )
-    fitted = fit_program(wanted.call, rows, chosen, kwargs=wanted.kwargs, run=run, seed=seed)
-    fitted.save(directory.fit)
+    with directory.unless_failed():
+        fitted = fit_program(wanted.call, rows, chosen, kwargs=wanted.kwargs, run=run, seed=seed)
+        fitted.save(directory.fit)
     pictures = _pictures(fitted, directory, getattr(getattr(source, "whole", None), "image", None), seed)
     if as_json:
         emit({"run": str(folder), **_summary(fitted)})

@@ -133,7 +133,8 @@ class Amortized(nn.Module):
         """Make a guide for a problem: shaped by its structure, scaled by its data and its prior.
 
         Args:
-            problem: the program with the data, which means and standard deviations are taken from.
+            problem: the program with the data, which means and standard deviations are taken from; where the
+                program cannot take fewer rows, as `inspect_problem` returns it.
             structure: its structure.
             family: law of a continuous latent, in unconstrained space: `"normal"` (independent elements),
                 `"low-rank"` or `"full"` (correlated within a site), `"flow"` (neural splines).

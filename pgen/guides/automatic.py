@@ -128,7 +128,7 @@ class Automatic(nn.Module):
         """Make a guide for a problem of fixed size.
 
         Args:
-            problem: the program with all of its data.
+            problem: the program with all of its data, as `inspect_problem` returns it.
             structure: its structure.
             kind: `"mean-field"`, `"full-rank"`, `"low-rank"` or `"flow"`.
             rank: number of factors of `"low-rank"`; None: the square root of the number of dimensions.

@@ -225,7 +225,9 @@ def lower_triangle(below: Tensor, diagonal: Tensor) -> Tensor:
     size = diagonal.shape[-1]
     rows, columns = torch.tril_indices(size, size, -1, device=below.device)
     flat = below.new_zeros(*below.shape[:-1], size * size).index_copy(-1, rows * size + columns, below)
-    return diagonal.unsqueeze(-1) * (flat.unflatten(-1, (size, size)) + torch.eye(size).to(below))
+    return diagonal.unsqueeze(-1) * (
+        flat.unflatten(-1, (size, size)) + torch.eye(size, dtype=below.dtype, device=below.device)
+    )
 
 
 def require_cholesky(where: str, size: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from typing import Any
 
 from pgen.capability import Exactness, Offer, Query, Rank, Refusal
 from pgen.errors import PgenError, Refused, Unanswerable
@@ -14,13 +15,13 @@ from pgen.testing.subject import NotApplicable, Subject
 
 def is_a_frozen_dataclass(subject: Subject) -> None:
     """A frozen dataclass with a class attribute `name`; its fields are its options and make an equal one."""
-    backend = subject.backend
+    backend: Any = subject.backend
     kind = type(backend)
     _claim(
         dataclasses.is_dataclass(backend),
         f"{kind.__name__} is no dataclass; write @dataclass(frozen=True) above it",
     )
-    _claim(kind.__dataclass_params__.frozen, f"{kind.__name__} is not frozen; write @dataclass(frozen=True)")  # type: ignore[attr-defined]
+    _claim(kind.__dataclass_params__.frozen, f"{kind.__name__} is not frozen; write @dataclass(frozen=True)")
     name = getattr(kind, "name", None)
     _claim(
         isinstance(name, str) and bool(name),
@@ -116,7 +117,7 @@ def refuses_what_it_cannot_serve(subject: Subject) -> None:
         return
     _claim(
         not reference.must_refuse,
-        f"offered to fit {reference.name}: {_summary(reference.program)} Refuse it; "
+        f"offered to fit {reference.name}: {_summary(subject.program)} Refuse it; "
         "pgen.learned_factor(structure) finds it",
     )
     try:
@@ -210,9 +211,8 @@ def _other_backend(text: str, own: str) -> str | None:
 
 
 def _summary(program: object) -> str:
-    return (
-        type(program).__doc__ if not callable(getattr(program, "__code__", None)) else program.__doc__ or ""
-    ).splitlines()[0]  # type: ignore[union-attr]
+    documented = program if hasattr(program, "__code__") else type(program)
+    return (documented.__doc__ or "").partition("\n")[0]
 
 
 def _said(error: BaseException | None) -> str:

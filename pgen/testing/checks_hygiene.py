@@ -13,7 +13,7 @@ from torch import Tensor
 from pgen.capability import Query
 from pgen.fitting import load
 from pgen.testing.checks_contract import _claim
-from pgen.testing.subject import NotApplicable, Subject, _weights, changed, observe
+from pgen.testing.subject import NotApplicable, Subject, changed, observe, weights_of
 
 
 def leaves_global_state_alone(subject: Subject) -> None:
@@ -37,7 +37,7 @@ def leaves_inputs_alone(subject: Subject) -> None:
             value._version == subject.versions[name],
             f"the data {name!r} was written to, if only with what it held; work on a copy",
         )
-    for name, value in _weights(subject.reference.program).items():
+    for name, value in weights_of(subject.program).items():
         _claim(
             torch.equal(value, subject.weights[name]),
             f"the weight {name!r} of the user's module was changed; train Parameters.of(problem)",
@@ -91,7 +91,7 @@ def survives_saving(subject: Subject) -> None:
         path = Path(folder) / "fit"
         fitted.save(path)
         before = observe()
-        loaded = load(path, subject.reference.program, backend=subject.spy())
+        loaded = load(path, subject.program, backend=subject.spy())
         touched = [
             name
             for name in changed(before, observe())

@@ -86,7 +86,7 @@ def conformance(
         backend: a backend, a class (made with its defaults), or the name of an installed one.
         expected_failures: reasons by `"check[problem]"`, or `"check"` for all its problems. These tests are
             expected to fail, and fail the suite where they pass (a strict xfail).
-        run: how the backend is fitted where its answers are compared with the truth.
+        run: how the backend is fitted where its answers are compared with the truth; if None, in 400 steps.
         problems: names of the problems to look at; all of them if None.
         tolerance: error of what is offered as an estimate that passes, in posterior standard deviations.
         alpha: probability that a check of random numbers fails although the backend is right.
@@ -128,7 +128,7 @@ def conformance_report(
     Args:
         backend: a backend, a class, or the name of an installed one.
         expected_failures: reasons by `"check[problem]"` or `"check"`.
-        run: how the backend is fitted.
+        run: how the backend is fitted; if None, in 400 steps.
         problems: names of the problems to look at; all of them if None.
         tolerance: error of an estimate that passes, in posterior standard deviations.
         alpha: probability of a false alarm of each check.
@@ -280,9 +280,10 @@ class _Trials:
 
 
 def _run(run: Run | None) -> Run:
+    """Enough for small problems; a learning rate that falls to nothing leaves no jitter behind."""
     if run is None:
-        return Run(steps=300, lr=0.02, progress=False)
-    return replace(run, steps=300 if run.steps is None else run.steps, progress=False)
+        return Run(steps=400, lr=0.03, schedule="cosine", progress=False)
+    return replace(run, steps=400 if run.steps is None else run.steps, progress=False)
 
 
 def _name(check: str, problem: str | None) -> str:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pyro
@@ -24,10 +24,16 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from pgen.testing.unsuitable import LearnedEnergy, branching, implicit
+
 Data = Mapping[str, Tensor]
 Laws = Mapping[str, Any]
 #: by name, a function of posterior draws that gives `[n, ...]`, and its exact expectation `[...]`
 Expectations = Mapping[str, tuple[Callable[[Mapping[str, Tensor]], Tensor], Tensor]]
+
+
+def _none_in_particular(data: Data) -> Expectations:
+    return {}
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,7 @@ class Reference:
     data: Data
     log_prob: Callable[[Data], Tensor] | None = None
     posterior: Callable[[Data], Laws] | None = None
-    joint: Callable[[Data], Expectations] = field(default=lambda data: {})
+    joint: Callable[[Data], Expectations] = _none_in_particular
     predictive: Callable[[], Laws] | None = None
     best: float | None = None
     offending: str | None = None
@@ -252,7 +258,8 @@ def _hmm_joint(data: Data) -> Expectations:
 
 
 def _hmm_predictive() -> Laws:
-    emit, laws = torch.tensor(_EMIT, dtype=torch.float64), {}
+    emit = torch.tensor(_EMIT, dtype=torch.float64)
+    laws: dict[str, Any] = {}
     for t in range(_STEPS):
         state = _state_law(_paths()[1], t)
         laws[f"z{t}"] = state
@@ -294,58 +301,6 @@ class LearnedGaussian(nn.Module):
 
 _LEARNT_FROM = torch.linspace(-1.0, 1.0, 64) + 0.375
 _SPREAD = float(_f64(_LEARNT_FROM).std(correction=0))
-
-
-# --- programs that most backends must refuse ---
-
-
-class Opaque(dist.TorchDistribution):
-    """Draws with gradients, and no density: the sine of a Gaussian."""
-
-    arg_constraints = {}  # noqa: RUF012
-    support = dist.constraints.real
-    has_rsample = True
-
-    def __init__(self, loc: Tensor) -> None:
-        """Around `loc`."""
-        self.loc = loc
-        super().__init__(loc.shape, validate_args=False)
-
-    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
-        """Draws."""
-        return torch.sin(self.loc + torch.randn(torch.Size(sample_shape) + self.batch_shape))
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> Opaque:
-        """The same over another batch shape."""
-        return Opaque(self.loc.expand(batch_shape))
-
-
-def implicit(n: int) -> None:
-    """An observed site that can be drawn from and has no density."""
-    z = pyro.sample("z", dist.Normal(0.0, 1.0))
-    with pyro.plate("data", n):
-        pyro.sample("x", Opaque(z.expand(n)))
-
-
-class LearnedEnergy(nn.Module):
-    """A learned energy reached only through `pyro.factor`: the gradient of its normaliser is missing."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.slope = nn.Parameter(torch.tensor(0.5))
-
-    def forward(self, n: int) -> None:
-        """Tilt a Gaussian by the energy."""
-        with pyro.plate("data", n):
-            x = pyro.sample("x", dist.Normal(0.0, 1.0))
-            pyro.factor("energy", -self.slope * x.square())
-
-
-def branching() -> None:
-    """Python decides by the value of a latent: nothing runs side by side or is differentiated through."""
-    z = pyro.sample("z", dist.Bernoulli(0.5))
-    loc = 1.0 if z.item() else -1.0
-    pyro.sample("x", dist.Normal(loc, 1.0))
 
 
 _X = _tensor(-1.25, 0.5, 0.875, 2.0, 3.125)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import random
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +21,6 @@ from pgen.choice import refusal_text
 from pgen.conversion import Conversions
 from pgen.fitted import Fitted
 from pgen.fitting import fit
-from pgen.isolation import isolated
 from pgen.problem import Problem
 from pgen.protocols import Answers, Backend
 from pgen.registry import Registry
@@ -61,9 +61,11 @@ class Subject:
     def __init__(self, backend: Backend, reference: Reference, settings: Settings) -> None:
         """Nothing is run yet."""
         self.backend, self.reference, self.settings = backend, reference, settings
+        program = reference.program
+        self.program = copy.deepcopy(program) if isinstance(program, nn.Module) else program
         self.data: Data = {k: v.clone() for k, v in reference.data.items()}
         self.versions = {k: v._version for k, v in self.data.items()}
-        self.weights = _weights(reference.program)
+        self.weights = weights_of(self.program)
         self.fit_error: Exception | None = None
         self.examine_changed: list[str] = []
         self.trespasses: list[str] = []  # what changed while the backend was at work, inside and outside
@@ -72,7 +74,8 @@ class Subject:
     @functools.cached_property
     def structure(self) -> Structure:
         """The structure of the program, as `pgen.fit` would hand it to the backend."""
-        return self.bind(self.data)[1]
+        structure, _ = inspect_problem(Problem.of(self.program, self.data))
+        return replace(structure, conversions=Conversions(Registry.installed().conversions))
 
     @functools.cached_property
     def answer(self) -> Offer | Refusal:
@@ -128,13 +131,11 @@ class Subject:
     def fit(self, run: Run, seed: int, data: Data | None = None) -> Fitted:
         """Fit through the public road; changes of global state are noted."""
         with self.watched("pgen.fit"):
-            fitted = fit(
-                self.reference.program, self.data if data is None else data, self.spy(), run=run, seed=seed
-            )
+            fitted = fit(self.program, self.data if data is None else data, self.spy(), run=run, seed=seed)
         fitted.backend = self.backend
         return fitted
 
-    def spy(self) -> Backend:
+    def spy(self) -> Any:
         """The backend, with an eye on the settings that its `fit` must leave alone."""
         return _Spy(self)
 
@@ -145,11 +146,6 @@ class Subject:
         if key not in self._asked:
             self._asked[key] = self.fit(replace(self.settings.run, steps=SHORT), seed, data)
         return self._asked[key]
-
-    def bind(self, data: Data) -> tuple[Problem, Structure]:
-        """The program on some data, and its structure."""
-        structure, problem = inspect_problem(Problem.of(self.reference.program, data))
-        return problem, replace(structure, conversions=Conversions(Registry.installed().conversions))
 
     # --- asking, without the safeguards that `Fitted` puts around a backend ---
 
@@ -177,15 +173,11 @@ class Subject:
 
     def ask_bare(self, query: Query, n: int, fitted: Fitted, data: Data | None = None, seed: int = 2) -> Any:
         """The same, letting errors through."""
-        problem, structure = (fitted.problem, fitted.structure)
-        if data is not None:
-            problem, structure = self.bind(data)
-            problem = replace(problem, adapters=fitted.problem.adapters)
+        problem, structure = fitted._asked(data)
         answers: Answers = fitted._answers
         with (
             self.watched(query.value),
-            isolated(seed),
-            torch.no_grad(),
+            fitted._isolated(seed),
             self.watched(query.value, inside=True),
         ):
             if query is Query.SAMPLE:
@@ -241,7 +233,7 @@ SETTINGS: dict[str, Callable[[], Any]] = {
 STATES: dict[str, Callable[[], Any]] = {
     "torch's random state": torch.get_rng_state,
     "NumPy's random state": lambda: np.random.get_state(),  # noqa: NPY002 - the global one is what is watched
-    "Python's random state": random.getstate,
+    "Python's random state": lambda: hash(random.getstate()),
     "Pyro's parameter store": lambda: {
         k: v.detach().clone() for k, v in pyro.get_param_store().named_parameters()
     },
@@ -276,6 +268,6 @@ def _key(data: Data | None) -> Any:
     )
 
 
-def _weights(program: object) -> dict[str, Tensor]:
+def weights_of(program: object) -> dict[str, Tensor]:
     """The weights of the user's module, which a fit trains copies of."""
     return {k: v.clone() for k, v in program.state_dict().items()} if isinstance(program, nn.Module) else {}

@@ -45,6 +45,7 @@ def pgen_datasets() -> Mapping[str, Callable[[Path | None], Data]]:
         "fashion-mnist": datasets.fashion_mnist,
         "mnist": datasets.mnist,
         "mnist-binary": datasets.mnist_binary,
+        "sequences": toys.sequences,
         **toys.readers(),
         **{f"debd-{name}": datasets.debd(name) for name in datasets.DEBD},
     }

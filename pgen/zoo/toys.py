@@ -156,6 +156,25 @@ def _mixture_entropy(modes: int, scale: float, apart: float) -> float | None:
     return math.log(modes) + 1.0 + math.log(2 * math.pi * scale**2) if apart >= 16 * scale else None
 
 
+def sequences(folder: Path | None = None) -> Data:
+    """Sequences of 12 symbols out of 5, from a known hidden Markov model of 3 states that rarely move."""
+    start, move = torch.full((3,), 1 / 3), torch.full((3, 3), 0.05) + 0.85 * torch.eye(3)
+    show = torch.tensor([[0.7, 0.2, 0.1, 0.0, 0.0], [0.0, 0.15, 0.7, 0.15, 0.0], [0.0, 0.0, 0.1, 0.2, 0.7]])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        state = dist.Categorical(start).sample((3000,))
+        symbols = [dist.Categorical(show[state]).sample()]
+        for _ in range(11):
+            state = dist.Categorical(move[state]).sample()
+            symbols.append(dist.Categorical(show[state]).sample())
+    train, valid, test = ({"x": x} for x in torch.stack(symbols, -1).split(1000))
+    text = "sequences of symbols drawn from a known hidden Markov model"
+    licence, known = "MIT (made by pgen)", {"states": 3, "symbols": 5}
+    return Data(
+        "sequences", train, valid, test, "mass", (12,), 5, description=text, licence=licence, more=known
+    )
+
+
 def readers(
     toys: Sequence[Callable[[], Toy]] = (ring, grid, moons, checkerboard, gaussians),
 ) -> dict[str, Any]:

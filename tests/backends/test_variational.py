@@ -531,6 +531,8 @@ def test_a_guide_that_does_not_fit_is_told_what_and_how(x, guide, words):
         ({"objective": "iwae", "beta": 2.0}, "only objective='elbo'"),
         ({"objective": "iwae", "free_bits": 0.5}, "only objective='elbo'"),
         ({"sleep": 0.5}, "only objective='wake-sleep'"),
+        ({"family": "cauchy"}, "'normal', 'low-rank'"),
+        ({"family": "full", "guide": "mean-field"}, "only guide='amortized'"),
         ({"evaluation_particles": 1}, "at least 2"),
         ({"alpha": math.nan}, "number"),
     ],

@@ -1,4 +1,7 @@
-"""What importing pgen costs beside importing Pyro, and what its help costs: python tests/benchmarks/imports.py."""
+"""What importing pgen costs beside importing Pyro, and what its help costs.
+
+python tests/benchmarks/imports.py
+"""
 
 from __future__ import annotations
 

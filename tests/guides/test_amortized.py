@@ -375,6 +375,18 @@ def test_it_runs_in_the_dtype_that_it_is_moved_to(dtype):
     assert {v.dtype for v in values.values()} == {dtype}
 
 
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o.values())) or "default")
+@pytest.mark.parametrize("name", ["tree", "groups", "regression", "mixture"])
+def test_no_tensor_is_made_on_another_device(name, options):
+    """On the meta device every operation with a tensor of the CPU raises."""
+    guide, problem, _ = made(name, **options)
+    seen = guide.read(problem.to("meta"))
+    with pyro.validation_enabled(False), poutine.trace() as q:
+        guide.to("meta")(*seen)
+        q.trace.compute_log_prob()
+    assert {q.trace.nodes[s]["log_prob"].device.type for s in guide.order} == {"meta"}
+
+
 # --- what it can represent ------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""Two-sample distances: exact on small cases, unbiased, of the right size under one law, and able to see a difference."""
+"""Two-sample distances: exact on small cases; tests of the right size that see a difference."""
 
 import itertools
 import math

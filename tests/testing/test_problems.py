@@ -10,7 +10,7 @@ from pyro import poutine
 from pgen.problem import Problem
 from pgen.sampling import draw
 from pgen.structure import inspect_problem
-from pgen.testing import problems
+from pgen.testing import problems, unsuitable
 from pgen.testing import statistics as stats
 from pgen.testing.checks_truth import assert_law, moments_of
 
@@ -122,9 +122,9 @@ def test_programs_follow_double_precision():
 
 def test_the_unsuitable_ones_are():
     assert {p.name for p in problems.UNSUITABLE if p.must_refuse} == {"learned-energy"}
-    structure, _ = inspect_problem(Problem.of(problems.implicit, EVERY["implicit"].data))
+    structure, _ = inspect_problem(Problem.of(unsuitable.implicit, EVERY["implicit"].data))
     assert not any(c.value in ("log_prob", "log_density") for c in structure.sites["x"].capabilities)
     structure, _ = inspect_problem(Problem.of(EVERY["learned-energy"].program, EVERY["learned-energy"].data))
     assert structure.sites["energy"].params == ("slope",)
-    structure, _ = inspect_problem(Problem.of(problems.branching, EVERY["branching"].data))
+    structure, _ = inspect_problem(Problem.of(unsuitable.branching, EVERY["branching"].data))
     assert structure.leaks

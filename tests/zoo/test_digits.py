@@ -1,4 +1,4 @@
-"""What the programs reach on handwritten digits: nats per image on the 350 validation images, 1,000 to learn from."""
+"""What the programs reach on handwritten digits, in nats per validation image."""
 
 import pytest
 
@@ -10,8 +10,8 @@ from pgen.zoo.datasets import digits
 pytest.importorskip("sklearn")
 
 FLOW = {"features": 64, "levels": 17}
-# program, options, backend, steps, learning rate, weight decay, kind, at most so many nats (Tomczak 2022 has 100.5
-# for a VAE, 100.4 for two layers, 88.7 for causal convolutions, 137.6 for an integer flow)
+# Program, options, backend, steps, learning rate, weight decay, kind, at most so many nats. Tomczak (2022)
+# has 100.5 for a VAE, 100.4 for two layers, 88.7 for causal convolutions, 137.6 for an integer flow.
 FIGURES = {
     "vae": (VAE, {}, "variational", 600, 2e-3, 0.01, "lower bound", 96.5),
     "hvae": (HVAE, {}, "variational", 600, 2e-3, 0.01, "lower bound", 97.0),

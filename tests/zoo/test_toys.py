@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from pgen.zoo import toys
+from pgen.zoo import HMM, toys
 
 ALL = [toys.ring(), toys.grid(), toys.moons(), toys.gaussians(), toys.checkerboard()]
 STEP = {"ring": 0.005, "grid": 0.025, "moons": 0.025, "gaussians": 0.05, "checkerboard": 0.02}
@@ -84,3 +84,14 @@ def test_a_toy_is_a_data_set():
     assert (data.kind, data.features, data.event_shape) == ("density", 2, (2,))
     assert float(data.truth.log_prob(data.test["x"]).mean()) < 0
     assert not torch.equal(data.train["x"][:10], data.valid["x"][:10])
+
+
+def test_sequences_are_those_of_a_hidden_markov_model_that_rarely_moves():
+    data = toys.sequences()
+    x = data.train["x"]
+    assert x.shape == (1000, 12)
+    assert torch.equal(x, toys.sequences().train["x"])
+    assert data.options_for(HMM) == {"states": 3, "symbols": 5}
+    # No state shows both 0 and 4, so one follows the other only after a move.
+    after = x[:, 1:][x[:, :-1] == 0]
+    assert float((after == 4).float().mean()) < 0.1 < float((after == 0).float().mean())

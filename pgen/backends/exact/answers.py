@@ -137,8 +137,11 @@ class Integrated:
             found |= {name: nodes[name]["fn"] for name in alone}
         return {name: found[name] for name in structure.latents if name in found}
 
-    def prove(self) -> None:
+    def prove(self) -> bool:
         """Settle that the groups are what they look like, at the present values of the parameters.
+
+        Returns:
+            Whether the program takes the values of its finite latents one by one only.
 
         Raises:
             Refused: one of them is not; names a site.
@@ -147,8 +150,11 @@ class Integrated:
         problem = self.problem
         if not is_tied(self.structure) and problem.rows is not None:
             problem = problem.take(torch.arange(min(_PROOF_ROWS, problem.rows)))
-        if groups:
-            self._solved(problem, self.structure, groups, lambda solution: None)
+        return (
+            any(self._solved(problem, self.structure, groups, lambda solution: solution.apart))
+            if groups
+            else False
+        )
 
     def _laws(self, problem: Problem, structure: Structure, latents: Collection[str]) -> dict[str, Law]:
         groups = self.groups(structure, latents)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -44,16 +45,22 @@ class FinitePart:
         groups: Collection[Group],
         rows: str | None,
         max_table: int,
+        proof: bool = False,
+        apart: bool = False,
     ) -> FinitePart:
-        """Run the program with all values of the latents of these groups."""
+        """Run the program with all values of the latents of these groups.
+
+        With `proof`, its answers are compared with those for single values; `apart`, it is only run on such.
+        """
         latents = [name for group in groups for name in group.latents]
         sites = frozenset[str]().union(*(group.sites for group in groups))
-        return FinitePart(structure, enumerate_sites(run, structure, latents), sites, rows, max_table)
+        found = enumerate_sites(run, structure, latents, check=proof, apart=apart)
+        return FinitePart(structure, found, sites, rows, max_table)
 
     def evidence(self) -> Tensor:
         """Log of the sum over all values: `[rows]`, or a scalar where the rows are tied."""
         graph = self._graph(() if self.rows is None else (self.rows,))
-        dtype = graph.factors[0].log.dtype
+        dtype = reduce(torch.promote_types, (factor.log.dtype for factor in graph.factors))
         with _named():
             total = log_partition(
                 graph if torch.is_grad_enabled() else _precise(graph), max_table=self.max_table

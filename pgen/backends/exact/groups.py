@@ -12,7 +12,7 @@ from torch.distributions import constraints
 from pgen.algorithms.conjugacy import FAMILIES
 from pgen.algorithms.factor_graph import Intractable, plan_scopes
 from pgen.capability import Refusal
-from pgen.enumeration import plate_name
+from pgen.factoring import plate_name
 from pgen.structure import Site, Structure, describe_leak
 
 Method = Literal["finite", "gaussian", "conjugate"]

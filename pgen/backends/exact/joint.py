@@ -11,7 +11,8 @@ from pyro import poutine
 from torch import Tensor
 
 from pgen.algorithms.factor_graph import Factor
-from pgen.enumeration import enumerate_sites, plate_name
+from pgen.enumeration import enumerate_sites
+from pgen.factoring import plate_name
 from pgen.handlers import Substitute
 from pgen.problem import Problem
 from pgen.structure import Structure
@@ -26,7 +27,7 @@ class Joint:
         structure: of the problem.
         rows: the plate of the data, if each row has an answer of its own.
         values: one draw of every latent that is not summed out, in the shape that the program gives it.
-        laws: of those latents, as they were met on the way.
+        laws: of some of them, as the program gives them.
     """
 
     problem: Problem
@@ -36,21 +37,21 @@ class Joint:
     laws: Mapping[str, Any]
 
     @staticmethod
-    def of(problem: Problem, structure: Structure, rows: str | None, latents: Collection[str]) -> Joint:
-        """Draw the latents named; nothing is run where there are none."""
+    def of(
+        problem: Problem,
+        structure: Structure,
+        rows: str | None,
+        latents: Collection[str],
+        lawful: Collection[str] = (),
+    ) -> Joint:
+        """Draw the latents named, and keep the laws of some of them; nothing is run where there are none."""
         if not latents:
             return Joint(problem, structure, rows, {}, {})
         with torch.no_grad():
-            values = _trace(problem, latents)
-        # The laws once more, at values that carry no gradient, so that they themselves may.
-        laws = _trace(Substitute({k: v["value"] for k, v in values.items()})(problem), latents)
-        return Joint(
-            problem,
-            structure,
-            rows,
-            {k: v["value"].detach() for k, v in values.items()},
-            {k: v["fn"] for k, v in laws.items()},
-        )
+            values = _read(problem, latents, "value")
+        # The laws anew, at values that carry no gradient, so that they themselves may.
+        laws = _read(Substitute(values)(problem), lawful, "fn") if lawful else {}
+        return Joint(problem, structure, rows, values, laws)
 
     def run(self) -> Any:
         """Run the program with the latents at their values."""
@@ -61,9 +62,9 @@ class Joint:
         return enumerate_sites(Substitute({**self.values, **values})(self.problem), self.structure).factors
 
 
-def _trace(run: Any, latents: Collection[str]) -> dict[str, Any]:
-    nodes = poutine.trace(run).get_trace().nodes
-    return {name: nodes[name] for name in latents}
+def _read(run: Any, sites: Collection[str], what: str) -> dict[str, Any]:
+    nodes: Any = poutine.trace(run).get_trace().nodes
+    return {name: nodes[name][what] for name in sites}
 
 
 def by_row(factor: Factor, rows: str) -> Tensor:

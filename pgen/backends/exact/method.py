@@ -6,7 +6,6 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-import pyro
 from torch import Tensor
 
 from pgen.algorithms.factor_graph import MAX_TABLE
@@ -18,6 +17,7 @@ from pgen.capability import Capability, Exactness, Offer, Query, Rank, Refusal
 from pgen.choice import Paths, learned_factor, names_of, require
 from pgen.conversion import exactness_of
 from pgen.errors import OptionError
+from pgen.isolation import validating
 from pgen.parameters import Parameters
 from pgen.problem import Problem
 from pgen.registry import hookimpl
@@ -114,15 +114,15 @@ class Exact:
         paths = require(structure, (Capability.LOG_PROB,), (Capability.LOG_PROB,), self.via)
         bounded = frozenset() if isinstance(paths, Refusal) else _bounded(paths)
         answers = Integrated(problem, structure, parameters, self.max_table, bounded)
-        answers.prove()
+        apart = answers.prove()
         groups = answers.groups(structure, evidenced(structure))
         count = problem.rows or 1
 
         def loss(batch: Problem, step: Step) -> tuple[Tensor, Mapping[str, float | Tensor]]:
             # Validation doubles the cost of a step; data and program were checked before the first.
-            with parameters.installed(step.training), pyro.validation_enabled(step.index == 0):
-                evidence = Solution.of(batch, structure, groups, max_table=self.max_table).evidence()
-            return -evidence.sum() / (batch.rows or count), {}
+            with parameters.installed(step.training), validating(step.index == 0):
+                solution = Solution.of(batch, structure, groups, max_table=self.max_table, apart=apart)
+                return -solution.evidence().sum() / (batch.rows or count), {}
 
         # Rows that share a latent have one evidence, which no batch of them can estimate.
         learned = problem.whole() if is_tied(structure) else problem

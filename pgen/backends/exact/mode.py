@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import pyro
 import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
@@ -19,6 +18,7 @@ from pgen.choice import refusal_text
 from pgen.enumeration import enumerate_sites
 from pgen.errors import Refused
 from pgen.history import History
+from pgen.isolation import validating
 from pgen.parameters import Parameters
 from pgen.problem import Problem
 from pgen.run import Player, Run, Step
@@ -90,7 +90,7 @@ def fit_mode(
     count = problem.rows or 1
 
     def loss(batch: Problem, step: Step) -> tuple[Tensor, Mapping[str, float | Tensor]]:
-        with parameters.installed(step.training), pyro.validation_enabled(step.index == 0):
+        with parameters.installed(step.training), validating(step.index == 0):
             return -_log_joint(batch, structure, points, max_table) / count, {}
 
     if parameters.tensors:

@@ -61,6 +61,7 @@ class Solution:
         *,
         max_table: int,
         proof: bool = False,
+        apart: bool = False,
     ) -> Solution:
         """Integrate groups of latents; all other latents must be such that they integrate to one.
 
@@ -69,7 +70,8 @@ class Solution:
             structure: of the problem.
             groups: to integrate.
             max_table: most numbers in one table.
-            proof: whether to settle that groups are Gaussian or conjugate, or to trust that this was done.
+            proof: whether to settle that groups are what they look like, or to trust that this was done.
+            apart: whether the program takes the values of its finite latents one by one only.
 
         Raises:
             Refused: a group that cannot be integrated; names a site.
@@ -77,22 +79,30 @@ class Solution:
         rows = None if is_tied(structure) else structure.data_plate
         finite = [group for group in groups if group.method == "finite"]
         summed = {name for group in finite for name in group.latents}
-        joint = Joint.of(problem, structure, rows, [n for n in structure.latents if n not in summed])
+        drawn = [name for name in structure.latents if name not in summed]
+        lawful = [name for group in groups if group.method == "conjugate" for name in group.latents]
+        joint = Joint.of(problem, structure, rows, drawn, lawful)
+        taken = frozenset[str]().union(*(group.sites for group in groups), structure.latents)
         parts: list[Part] = []
+        factors: Mapping[str, Factor] = {}
         if finite:
-            part = FinitePart.of(joint.run, structure, finite, rows, max_table)
+            part = FinitePart.of(joint.run, structure, finite, rows, max_table, proof, apart)
             parts.append(part)
             factors = part.enumeration.factors
-        else:
+        elif any(name not in taken for name in structure.sites):
             factors = enumerate_sites(joint.run, structure).factors
         for group in groups:
             if group.method == "gaussian":
                 parts.append(GaussianPart.of(joint, group, proof))
             elif group.method == "conjugate":
                 parts.append(ConjugatePart.of(joint, group, proof))
-        taken = frozenset[str]().union(*(group.sites for group in groups), structure.latents)
         rest = {name: factor for name, factor in factors.items() if name not in taken}
         return Solution(tuple(parts), rest, rows, problem)
+
+    @property
+    def apart(self) -> bool:
+        """Whether the program had to be run on the values of its finite latents one by one."""
+        return any(isinstance(part, FinitePart) and part.enumeration.apart for part in self.parts)
 
     def evidence(self) -> Tensor:
         """Log probability of the observed values: `[rows]`, or `[1]` where the rows are tied.

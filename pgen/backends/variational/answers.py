@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import Any
 
 import networkx as nx
-import pyro
 import torch
 from torch import Tensor
 
@@ -23,6 +22,7 @@ from pgen.capability import Estimate, Exactness
 from pgen.draws import Draws
 from pgen.errors import DataError, Unanswerable
 from pgen.history import History
+from pgen.isolation import validating
 from pgen.parameters import Parameters
 from pgen.problem import Problem
 from pgen.sampling import draw, observed_scalars
@@ -154,7 +154,7 @@ class Posterior:
 
     @contextmanager
     def _ready(self) -> Iterator[None]:
-        with self.parameters.installed(training=False), pyro.validation_enabled(False):
+        with self.parameters.installed(training=False), validating(False):
             yield
 
     def _batches(self, problem: Problem, structure: Structure) -> Iterator[Problem]:

@@ -26,6 +26,7 @@ from pgen.algorithms.sum_product import log_partition
 from pgen.enumeration import Enumeration, enumerate_sites
 from pgen.errors import ProgramError
 from pgen.handlers import ScaleRows, Substitute
+from pgen.isolation import validating
 from pgen.problem import Problem
 from pgen.structure import Structure
 
@@ -359,7 +360,7 @@ def agrees(coupling: Coupling, problem: Problem) -> bool:
     an outer plate, and so does a guide.
     """
     try:
-        with torch.random.fork_rng(), torch.no_grad(), pyro.validation_enabled(False):
+        with torch.random.fork_rng(), torch.no_grad(), validating(False):
             torch.manual_seed(1)
             single = record(coupling.guide(problem))
             both = coupling.weigh(problem, 2)

@@ -19,6 +19,7 @@ from pgen.backends.variational.simulate import as_observed, dreams
 from pgen.capability import Offer, Refusal
 from pgen.choice import refusal_text
 from pgen.errors import OptionError, ProgramError, Refused
+from pgen.guides.families import FAMILIES, Family
 from pgen.parameters import Parameters
 from pgen.problem import Problem
 from pgen.registry import hookimpl
@@ -48,6 +49,8 @@ class Variational:
             `"mean-field"`, `"full-rank"`, `"low-rank"`, `"flow"`: one joint law of all latents. Or a callable
             or module of your own: it is given data by name (its arguments name keys of the data, `n` is the
             number of rows), otherwise what the program is called with.
+        family: law that an amortized guide gives a continuous latent, in unconstrained space: `"normal"`
+            (elements independent), `"low-rank"`, `"full"` (correlated), `"flow"` (neural splines).
         particles: draws per row and step; None: 8, but for the ELBO as few as make 64 draws in a batch whose
             rows share no latent.
         simulations: how many simulations `"forward-kl"` learns from.
@@ -83,6 +86,7 @@ class Variational:
 
     objective: Literal["elbo", "iwae", "dreg", "renyi", "wake-sleep", "forward-kl"] = "elbo"
     guide: Kind | Callable[..., Any] = "auto"
+    family: Family = "normal"
     particles: int | None = None
     simulations: int = 10_000
     alpha: float = 0.5
@@ -102,6 +106,9 @@ class Variational:
         self._one_of("objective", OBJECTIVES)
         if not callable(self.guide):
             self._one_of("guide", GUIDES, "or a callable")
+        self._one_of("family", FAMILIES)
+        if self.family != "normal" and self.guide not in ("auto", "amortized"):
+            raise self._wrong("family", "its default, as only guide='amortized' (or 'auto') uses it")
         self._one_of("free_bits_per", ("site", "dimension"))
         self._one_of("evaluate", ("bound", "importance"))
         self._one_of("correction", ("none", "importance"))
@@ -254,7 +261,7 @@ class Variational:
         if len(summed) == len(structure.latents):
             return replace(prior(structure), order=(), guide=lambda problem: lambda: None), summed
         pooled = self.objective == "forward-kl"
-        return automatic(self.guide, problem, structure, summed, pooled=pooled), summed
+        return automatic(self.guide, problem, structure, summed, pooled=pooled, family=self.family), summed
 
 
 def _all_rows(problem: Problem, run: Run) -> Problem:

@@ -237,7 +237,7 @@ def weigh(
     """
     share = Shares.of(problem, coupling.rows)
     shared = any(coupling.rows not in term.dims for term in guide.values())
-    rows = None if shared else coupling.rows
+    rows = None if shared or _ties_rows(coupling, program) else coupling.rows
     inside = [t for t in program.values() if coupling.rows in t.dims]
     outside = [t for t in program.values() if coupling.rows not in t.dims]
     scored = [guide[n] for n in coupling.scored if n in guide]
@@ -259,6 +259,13 @@ def weigh(
         unit=share.shared if rows is None else share.local,
         dims=dims,
     )
+
+
+def _ties_rows(coupling: Coupling, program: Mapping[str, Term]) -> bool:
+    """Whether a term that belongs to no single row depends on what the guide draws in each."""
+    outside = [name for name, term in program.items() if coupling.rows not in term.dims]
+    depends = coupling.depends() if outside else {}
+    return any(depends.get(("p", name)) for name in outside)
 
 
 def importance(

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
-import pyro
 import torch
 from torch import Tensor
 
@@ -19,6 +18,7 @@ from pgen.backends.variational.objectives import Baselines, Loss, Regularizer
 from pgen.backends.variational.simulate import simulations
 from pgen.batches import generators
 from pgen.errors import OptionError
+from pgen.isolation import validating
 from pgen.parameters import Parameters
 from pgen.problem import Problem
 from pgen.run import Player, Step
@@ -174,7 +174,7 @@ def guarded(parameters: Parameters, loss: Callable[[Problem, Step], Loss]) -> Ca
     """A loss with the trained tensors in place, without the validation that was done before it began."""
 
     def on(batch: Problem, step: Step) -> Loss:
-        with pyro.validation_enabled(False), parameters.installed(training=step.training):
+        with validating(False), parameters.installed(training=step.training):
             return loss(batch, step)
 
     return on

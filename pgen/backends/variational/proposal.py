@@ -15,6 +15,8 @@ from pgen.backends.variational.joint import Guide, Nodes, record
 from pgen.errors import PgenError, ProgramError
 from pgen.guides import Amortized, Automatic
 from pgen.guides.automatic import Kind as Joint
+from pgen.guides.families import Family
+from pgen.guides.plan import Globals
 from pgen.parameters import Parameters
 from pgen.problem import Problem
 from pgen.structure import Structure, inspect_problem
@@ -48,7 +50,13 @@ class Proposal:
 
 
 def automatic(
-    kind: Kind, problem: Problem, structure: Structure, summed: Sequence[str], *, pooled: bool = False
+    kind: Kind,
+    problem: Problem,
+    structure: Structure,
+    summed: Sequence[str],
+    *,
+    pooled: bool = False,
+    family: Family = "normal",
 ) -> Proposal:
     """A guide made from the program.
 
@@ -59,10 +67,12 @@ def automatic(
         structure: its structure.
         summed: latents that are left to exact sums.
         pooled: latents outside the rows are read off the data too, so that any data set can be asked about.
+        family: of the laws that networks give continuous latents.
     """
     guide: Amortized | Automatic
     if kind == "auto" or kind == "amortized":
-        guide = Amortized.of(problem, structure, marginalised=summed, globals_="pooled" if pooled else "free")
+        globals_: Globals = "pooled" if pooled else "free"
+        guide = Amortized.of(problem, structure, family=family, marginalised=summed, globals_=globals_)
     else:
         guide = Automatic.of(problem, structure, kind, marginalised=summed)
     read = guide.read

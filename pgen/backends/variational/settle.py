@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import pyro
 import pyro.distributions as dist
 import torch
 
@@ -14,6 +13,7 @@ from pgen.backends.variational.joint import Coupling, Lane, agrees, record
 from pgen.backends.variational.proposal import Proposal
 from pgen.capability import Refusal
 from pgen.errors import PgenError, ProgramError, Refused
+from pgen.isolation import validating
 from pgen.parameters import Parameters
 from pgen.problem import Problem
 from pgen.structure import Structure
@@ -45,7 +45,7 @@ def settle(coupling: Coupling, problem: Problem, *, analytic: bool, particles: b
         ProgramError: a local latent that the guide draws outside the plate of the rows, or a draw that does
             not fit.
     """
-    with torch.random.fork_rng(), torch.no_grad(), pyro.validation_enabled(True):
+    with torch.random.fork_rng(), torch.no_grad(), validating(True):
         try:
             lanes = coupling.weigh(problem, 1)
             guide = coupling.guide_terms([lane.guide for lane in lanes])
