@@ -325,7 +325,7 @@ def plugins_new(**given: Any) -> None:
 @_json
 def demo(**given: Any) -> None:
     """The main job, in two minutes: one program on real digits, fitted in several ways, and one table."""
-    from pgen.demo import demo
+    from pgen.commands.demo import demo
 
     demo(**given)
 

@@ -50,7 +50,7 @@ class Conversion:
 class Converted(dist.TorchDistribution):
     """A distribution that answers more than it did, through conversions; in all else it is what it was."""
 
-    arg_constraints: dict[str, Any] = {}
+    arg_constraints: dict[str, Any] = {}  # noqa: RUF012 - declared as torch declares it
 
     def __init__(self, base: Any, conversions: tuple[Conversion, ...]) -> None:
         """Apply the conversions in order."""

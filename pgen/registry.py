@@ -12,7 +12,7 @@ kept for hooks. pgen's own backends register in this way too:
         return [Rejection]
 
 A plugin is taken whole or not at all. One that fails is reported with a warning and left out, unless the
-user asked for it by name: then its failure is an error. See `pgen.loader` for what is decided before any
+user asked for it by name: then its failure is an error. See `pgen.plugins.loader` for what is decided before any
 import, and SECURITY.md for what this protects from (accidents) and what not (malice).
 """
 
@@ -33,8 +33,8 @@ import pluggy
 from packaging.utils import canonicalize_name
 
 from pgen.errors import PgenError, PluginError, UnknownName
-from pgen.loader import Plugin, cause, clash, guarded, judge, load, scan
-from pgen.provided import KINDS, Provided, read
+from pgen.plugins.loader import Plugin, cause, clash, guarded, judge, load, scan
+from pgen.plugins.provided import KINDS, Provided, read
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -14,16 +14,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pgen.batches import Batches, split
-from pgen.checkpoints import Checkpoints
 from pgen.errors import OptionError
 from pgen.history import History
 from pgen.observers import Audience, Observer, ProgressBar
-from pgen.optimizers import Average, Factory, Rate, Schedule, make_optimizer
-from pgen.options import DETERMINING, EXPECTED, as_json, shown
-from pgen.players import Learner, Player, Step, move, require_trainable
 from pgen.problem import Data, Problem
-from pgen.training import Training
+from pgen.training.batches import Batches, split
+from pgen.training.checkpoints import Checkpoints
+from pgen.training.loop import Training
+from pgen.training.optimizers import Average, Factory, Rate, Schedule, make_optimizer
+from pgen.training.options import DETERMINING, EXPECTED, as_json, shown
+from pgen.training.players import Learner, Player, Step, move, require_trainable
 
 __all__ = ["History", "Player", "Run", "Step"]
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from pgen.loader import scan
-from pgen.plugin_check import check_plugin
+from pgen.commands.plugin_check import check_plugin
+from pgen.plugins.loader import scan
 from pgen.registry import Registry
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from pgen.errors import PluginError, UnknownName
-from pgen.loader import Plugin, judge, scan
+from pgen.plugins.loader import Plugin, judge, scan
 from pgen.registry import PluginWarning, Registry, hookimpl
 
 BACKEND = """
@@ -431,7 +431,7 @@ def test_a_source_tree_without_metadata_finds_its_own_plugins(monkeypatch):
 
 def test_a_copy_without_any_metadata_says_how_to_install(monkeypatch, tmp_path):
     monkeypatch.setattr("importlib.metadata.distributions", list)
-    monkeypatch.setattr("pgen.loader.PACKAGE", tmp_path / "pgen")
+    monkeypatch.setattr("pgen.plugins.loader.PACKAGE", tmp_path / "pgen")
     with pytest.raises(PluginError, match="pip install -e ."):
         Registry.installed(disable=["only so that nothing is cached"])
 

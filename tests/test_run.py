@@ -7,9 +7,9 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from pgen.errors import DataError, OptionError
-from pgen.options import EXPECTED
 from pgen.problem import Problem
 from pgen.run import Player, Run
+from pgen.training.options import EXPECTED
 
 
 @pytest.fixture(autouse=True)
@@ -305,7 +305,7 @@ def test_no_step_waits_for_the_device(monkeypatch):
         monkeypatch.setattr(
             torch.Tensor, name, lambda self, *a, _real=real: (waits.append(1), _real(self, *a))[1]
         )
-    monkeypatch.setattr("pgen.training.CHECK_SECONDS", 1e9)
+    monkeypatch.setattr("pgen.training.loop.CHECK_SECONDS", 1e9)
     player = mean_player()
     Run(steps=200, batch_size=16, lr=1e-3).optimize({"p": player}, problem())
     assert len(waits) <= 200 // 10 + 10

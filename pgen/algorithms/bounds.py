@@ -123,7 +123,7 @@ def scaled_path(draw: Tensor, factor: Callable[[], Tensor]) -> Tensor:
     """
     copy = draw.view_as(draw)
     if copy.requires_grad:
-        copy.register_hook(lambda gradient: gradient * factor())
+        copy.register_hook(lambda gradient: gradient * factor().to(gradient.dtype))
     return copy
 
 

@@ -16,13 +16,13 @@ from pgen.commands.drawing import draw_samples, square
 from pgen.commands.fit import backend_from, run_of
 from pgen.commands.inputs import data_of, is_file, program_of
 from pgen.commands.output import emit, row_numbers, say, show, table
+from pgen.commands.rundir import Config, RunDirectory
 from pgen.comparison import Comparison
 from pgen.comparison import compare as compare_fits
 from pgen.comparison import evaluate as evaluate_fit
 from pgen.errors import CheckpointError, OptionError
 from pgen.fitted import Fitted
 from pgen.fitting import explain as explain_program
-from pgen.rundir import Config, RunDirectory
 from pgen.structure import Structure
 
 

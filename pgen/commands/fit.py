@@ -14,6 +14,7 @@ from pgen.commands.drawing import draw_loss, draw_samples
 from pgen.commands.inputs import Program, Source, data_of, program_of
 from pgen.commands.options import typed
 from pgen.commands.output import emit, say
+from pgen.commands.rundir import Config, RunDirectory, unused
 from pgen.errors import OptionError
 from pgen.fitted import Fitted
 from pgen.fitting import explain, make_backend
@@ -23,7 +24,6 @@ from pgen.observers import JsonLines
 from pgen.protocols import Backend
 from pgen.registry import Registry
 from pgen.run import Run
-from pgen.rundir import Config, RunDirectory, unused
 
 RUN_FLAGS = ("steps", "batch_size", "lr", "patience", "device")
 """Fields of `Run` that have a flag of their own."""

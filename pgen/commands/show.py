@@ -10,10 +10,10 @@ from typing import Any
 
 from pgen.commands.options import default_of
 from pgen.commands.output import emit, say, table
+from pgen.commands.plugin_check import check_plugin
+from pgen.commands.scaffold import write_plugin
 from pgen.errors import PluginError, UnknownName
-from pgen.plugin_check import check_plugin
 from pgen.registry import Registry
-from pgen.scaffold import write_plugin
 
 
 def insist_on(names: Iterable[str]) -> None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 from torch import Tensor
 
@@ -255,7 +256,8 @@ def assert_roughly(draws: Tensor, law: Any, tolerance: float, *, alpha: float, w
 
 
 def _is_finite_law(law: Any) -> bool:
-    return bool(getattr(law, "has_enumerate_support", False))
+    """Whether a law is on the values 0, 1, ..., K-1 (an empirical one lists its draws, whatever they are)."""
+    return bool(getattr(law, "has_enumerate_support", False)) and not isinstance(law, dist.Empirical)
 
 
 def _table(law: Any) -> Tensor:

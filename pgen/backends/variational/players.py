@@ -16,12 +16,12 @@ from pgen.backends.variational import objectives
 from pgen.backends.variational.joint import Coupling
 from pgen.backends.variational.objectives import Baselines, Loss, Regularizer
 from pgen.backends.variational.simulate import simulations
-from pgen.batches import generators
 from pgen.errors import OptionError
 from pgen.isolation import validating
 from pgen.parameters import Parameters
 from pgen.problem import Problem
 from pgen.run import Player, Step
+from pgen.training.batches import generators
 
 
 @dataclass(frozen=True)

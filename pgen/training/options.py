@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pgen.optimizers import OPTIMIZERS, SCHEDULES
+from pgen.training.optimizers import OPTIMIZERS, SCHEDULES
 
 
 def _whole(least: int) -> Callable[[Any], bool]:

@@ -22,13 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pgen.batches import Batches, derive, forked
-from pgen.checkpoints import Checkpoints
 from pgen.errors import CheckpointError, Diverged
 from pgen.history import History, Recorder, Stopped
 from pgen.observers import Audience
-from pgen.optimizers import Average
-from pgen.players import Learner, Step, clone, copy_into, finite
+from pgen.training.batches import Batches, derive, forked
+from pgen.training.checkpoints import Checkpoints
+from pgen.training.optimizers import Average
+from pgen.training.players import Learner, Step, clone, copy_into, finite
 
 CHECK_EVERY = 10
 """Steps between two looks at the metrics: a look waits for the device."""

@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 GROUP = "pgen"
 HOST = "pgen-ppl"
-PACKAGE = Path(__file__).resolve().parent
+PACKAGE = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)

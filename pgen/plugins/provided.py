@@ -10,7 +10,7 @@ from typing import Any
 
 from packaging.utils import canonicalize_name
 
-from pgen.loader import Plugin
+from pgen.plugins.loader import Plugin
 
 KINDS = {
     "pgen_backends": "backend",

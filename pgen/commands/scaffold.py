@@ -1,7 +1,7 @@
 """Writing a new plugin: a package with a working backend, which installs and passes conformance as it is.
 
 The files are those of `plugins/pgen-template` with the name changed throughout; they lie as plain text in
-`pgen/templates/plugin`, and a test holds the two together.
+`pgen/commands/templates/plugin`, and a test holds the two together.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from string import Template
 
 from pgen.errors import OptionError
-from pgen.loader import HOST, PACKAGE, scan
+from pgen.plugins.loader import HOST, scan
 
 _TAKEN = {"ppl"}  # `pgen-ppl` is pgen's own distribution
 _FILES = {
@@ -51,7 +51,7 @@ def write_plugin(name: str, folder: str | Path | None = None) -> Path:
     words["version"], words["next_version"] = _series()
     target.mkdir(parents=True, exist_ok=True)
     for source, destination in _FILES.items():
-        text = (PACKAGE / "templates" / "plugin" / source).read_text(encoding="utf-8")
+        text = (Path(__file__).parent / "templates" / "plugin" / source).read_text(encoding="utf-8")
         path = target / Template(destination).substitute(words)
         path.write_text(Template(text).substitute(words), encoding="utf-8")
     return target

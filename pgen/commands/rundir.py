@@ -27,7 +27,7 @@ from typing import Any
 from pgen.errors import CheckpointError, OptionError
 from pgen.fitted import Fitted
 from pgen.fitting import load
-from pgen.loader import scan
+from pgen.plugins.loader import scan
 
 CONFIG, METRICS, FIT, SAMPLES, LOSS, CHECKPOINTS = (
     "config.json",

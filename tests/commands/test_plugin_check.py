@@ -6,8 +6,8 @@ import textwrap
 
 import pytest
 
+from pgen.commands.plugin_check import check_plugin
 from pgen.errors import OptionError, UnknownName
-from pgen.plugin_check import check_plugin
 
 HOOK = """
 import pgen

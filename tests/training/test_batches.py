@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import Dataset
 
-from pgen.batches import Batches, derive, forked, split
 from pgen.problem import Problem
+from pgen.training.batches import Batches, derive, forked, split
 
 
 def _problem(rows):

@@ -22,7 +22,7 @@ import pyro
 import torch
 
 from pgen.errors import OptionError, PgenError, UnknownName
-from pgen.loader import Plugin, scan
+from pgen.plugins.loader import Plugin, scan
 from pgen.registry import Registry
 
 
@@ -73,7 +73,7 @@ def check_plugin(name: str, timeout: float = 60.0) -> Check:
     start = time.perf_counter()
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "pgen.plugin_check", plugin.qualified, token],
+            [sys.executable, "-m", "pgen.commands.plugin_check", plugin.qualified, token],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

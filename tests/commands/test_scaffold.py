@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from pgen.commands.scaffold import write_plugin
 from pgen.errors import OptionError
-from pgen.scaffold import write_plugin
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE = ROOT / "plugins" / "pgen-template"
 
 

@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from pgen.cli import main
-from pgen.demo import demo, entries
+from pgen.commands.demo import demo, entries
 
 NAMES = ["VAE by ELBO", "VAE by IWAE", "VAE by wake-sleep", "MADE", "spline flow"]
 
