@@ -185,9 +185,13 @@ def _distance(fitted: Fitted, test: Data, draws: int, seed: int | None) -> float
     drawn = fitted.sample(min(draws, problem.rows), seed=seed)
     rows = min(draws, problem.rows)
     mine = torch.cat([_flat(drawn[k], rows) for k in seen], -1)
-    theirs = torch.cat([_flat(v[:rows], rows) for v in seen.values()], -1)
-    scale = theirs.std(0).square().sum().sqrt().clamp_min(1e-12)
-    return float(energy_distance(mine / scale, theirs / scale))
+    return scaled_distance(mine, torch.cat([_flat(v[:rows], rows) for v in seen.values()], -1))
+
+
+def scaled_distance(drawn: Tensor, data: Tensor) -> float:
+    """Energy distance between two samples `[n, d]` and `[m, d]`, in units of the data's spread."""
+    scale = data.std(0).square().sum().sqrt().clamp_min(1e-12)
+    return float(energy_distance(drawn / scale, data / scale))
 
 
 def _flat(value: Tensor, rows: int) -> Tensor:

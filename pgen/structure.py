@@ -254,7 +254,9 @@ def _inspect(problem: Problem, follow: bool) -> _Inspected:
     except PgenError:
         raise
     except Exception as error:
-        raise ProgramError(f"{_name(problem.program)} raised {type(error).__name__} {at}: {error}") from error
+        raise ProgramError(
+            f"{_name(problem.program)} raised {type(error).__name__} {at}: {error}{_hint(problem, error)}"
+        ) from error
     unknown = [k for k in problem.observations if k not in watch.sites]
     if unknown:
         from_data = [k for k in (*problem.inputs, problem.size_name) if k]
@@ -276,6 +278,14 @@ def _inspect(problem: Problem, follow: bool) -> _Inspected:
         if (found := frozenset(_only(leak.labels, "site")))
     ]
     return _Inspected(watch.sites, watch.plates, watch.uncertain, clean, tuple(parameters.tensors))
+
+
+def _hint(problem: Problem, error: Exception) -> str:
+    """What to do about float64 data (NumPy's default) meeting float32 weights."""
+    double = [k for k, v in problem.inputs.items() if v.dtype is torch.float64]
+    if not double or "dtype" not in str(error) or torch.get_default_dtype() is torch.float64:
+        return ""
+    return f"; {double[0]!r} is float64: give {double[0]}.float(), or fit in double with Run(precision='float64')"
 
 
 def _open_arguments(problem: Problem) -> list[str]:
@@ -305,6 +315,11 @@ def _structure(run: _Inspected, problem: Problem, data_plates: tuple[str, ...]) 
     )
 
 
+def _is_plate(msg: Any) -> bool:
+    """A plate announces itself as a sample statement."""
+    return type(msg["fn"]).__name__ == "_Subsample"
+
+
 class _Progress(Messenger):
     """Knows which site a run has reached."""
 
@@ -314,10 +329,12 @@ class _Progress(Messenger):
         self.last = ""
 
     def _pyro_sample(self, msg: Any) -> None:
-        self.current = msg["name"]
+        if not _is_plate(msg):
+            self.current = msg["name"]
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        self.last, self.current = msg["name"], ""
+        if not _is_plate(msg):
+            self.last, self.current = msg["name"], ""
 
     def __str__(self) -> str:
         if self.current:
@@ -354,7 +371,7 @@ class _Watch(_Progress):
                 f"{_name(self.problem.program)} has two sites named {name!r}; give every pyro.sample statement a name of its own, "
                 f"in a loop for example f'{name}_{{i}}'"
             )
-        if type(fn).__name__ == "_Subsample":
+        if _is_plate(msg):
             return
         for frame in msg["cond_indep_stack"]:
             if frame.dim is not None:

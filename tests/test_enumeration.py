@@ -240,7 +240,7 @@ def test_programs_that_take_one_value_at_a_time_are_run_so():
     runs = 0
     found = enumerate_sites(problem, structure, structure.latents, check=True)
     assert found.apart
-    assert runs <= 2 + 2 + 2 + 9  # two attempts with two trials each, and every pair of neighbouring values
+    assert runs <= 2 * (1 + 2 + 1) + 9  # two attempts, tried twice, one repeated; every pair of neighbours
     message = torch.zeros(3)
     for t in range(4):
         move = (torch.eye(3) * 0.7 + 0.1).log()

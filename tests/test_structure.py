@@ -793,3 +793,26 @@ def test_missing_labels():
 
     holed = torch.tensor([[1.0, float("nan"), 0.0], [1.0, 1.0, 1.0]])
     assert structure_of(coins, {"x": holed}).missing == {"x"}
+
+
+def test_a_plate_is_no_site_in_messages():
+    def program(x):
+        with pyro.plate("data", len(x)):
+            raise KeyError("oh")
+
+    with pytest.raises(ProgramError, match="program raised KeyError before its first site"):
+        structure_of(program, ROWS)
+
+
+def test_double_data_on_single_weights_is_told_with_the_fix():
+    network = nn.Linear(2, 1)
+
+    def program(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(network(x)[:, 0], 1.0))
+
+    with pytest.raises(
+        ProgramError,
+        match=r"'x' is float64: give x.float\(\), or fit in double with Run\(precision='float64'\)",
+    ):
+        structure_of(program, {"x": torch.randn(4, 2, dtype=torch.float64)})

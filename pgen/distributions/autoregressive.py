@@ -93,10 +93,10 @@ class Autoregressive(TorchDistribution):
 
     def expand(self, batch_shape: Size, _instance: Any = None) -> Autoregressive:
         """The same law, its batch shape broadcast to another."""
-        new = self._get_checked_instance(Autoregressive, _instance)
+        new: Any = self._get_checked_instance(Autoregressive, _instance)
         new.network, new.head, new.order = self.network, self.head, self.order
         new.context = expand_context(self.context, Size(batch_shape))
-        super(Autoregressive, new).__init__(Size(batch_shape), self.event_shape, validate_args=False)
+        TorchDistribution.__init__(new, Size(batch_shape), self.event_shape, validate_args=False)
         new._validate_args = self._validate_args
         return new
 

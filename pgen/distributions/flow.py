@@ -90,12 +90,12 @@ class Flow(TorchDistribution):
 
     def expand(self, batch_shape: Size, _instance: Any = None) -> Flow:
         """The same law, its batch shape broadcast to another."""
-        new = self._get_checked_instance(Flow, _instance)
+        new: Any = self._get_checked_instance(Flow, _instance)
         new.flow = self.flow
         new.context = expand_context(self.context, Size(batch_shape))
         new.law = self.law.expand(Size(batch_shape))
         new._last = None
-        super(Flow, new).__init__(Size(batch_shape), self.event_shape, validate_args=False)
+        TorchDistribution.__init__(new, Size(batch_shape), self.event_shape, validate_args=False)
         new._validate_args = self._validate_args
         return new
 

@@ -78,10 +78,10 @@ class Implicit(TorchDistribution):
 
     def expand(self, batch_shape: Size, _instance: Any = None) -> Implicit:
         """The same law, its batch shape broadcast to another."""
-        new = self._get_checked_instance(Implicit, _instance)
+        new: Any = self._get_checked_instance(Implicit, _instance)
         new.generator, new.noise, new._support = self.generator, self.noise, self._support
         new.context = expand_context(self.context, Size(batch_shape))
-        super(Implicit, new).__init__(Size(batch_shape), self.event_shape, validate_args=False)
+        TorchDistribution.__init__(new, Size(batch_shape), self.event_shape, validate_args=False)
         new._validate_args = self._validate_args
         return new
 

@@ -91,10 +91,10 @@ class Quantized(TorchDistribution):
 
     def expand(self, batch_shape: Size, _instance: Any = None) -> Quantized:
         """The same law, its batch shape broadcast to another."""
-        new = self._get_checked_instance(Quantized, _instance)
+        new: Any = self._get_checked_instance(Quantized, _instance)
         new.base = self.base.expand(Size(batch_shape))
         new.levels, new.low, new.width, new.particles = self.levels, self.low, self.width, self.particles
-        super(Quantized, new).__init__(Size(batch_shape), self.event_shape, validate_args=False)
+        TorchDistribution.__init__(new, Size(batch_shape), self.event_shape, validate_args=False)
         new._validate_args = self._validate_args
         return new
 

@@ -137,7 +137,7 @@ class Unconstrain:
 
     def flat(self, value: Tensor) -> Tensor:
         """Values [..., *event] as unconstrained vectors [..., numel]."""
-        free = value if self.real else self.transform(value).inv(value)
+        free: Any = value if self.real else self.transform(value).inv(value)
         return free.reshape(*free.shape[: free.ndim - len(self.shape)], self.numel)
 
 
