@@ -31,13 +31,34 @@ class Leak:
     where: str
 
 
+_BLOCK, _FEW = 16, 64  # elements in a block, and blocks that a label may be listed in
+
+
 @dataclass
 class _Storage:
     owner: Tensor  # keeps the memory alive, so that its address stays its own
     marks: Marks = field(default_factory=dict)  # masks here are flat, one entry per element of the storage
-    spans: dict[str, tuple[int, int]] = field(
-        default_factory=dict
-    )  # where in the storage a mask may hold, if known
+    wide: set[str] = field(default_factory=set)  # labels that may hold anywhere
+    blocks: dict[int, set[str]] = field(default_factory=dict)  # labels that may hold in a few blocks of elements
+
+    def near(self, start: int, stop: int) -> Iterable[str]:
+        """Labels that may hold between two elements.
+
+        A series that is seen step by step has as many labels as steps, and a view of one step meets few of them.
+        """
+        first, last = start // _BLOCK, stop // _BLOCK
+        if last - first > _FEW:
+            return tuple(self.marks)
+        return self.wide.union(*(self.blocks.get(b, ()) for b in range(first, last + 1)))
+
+    def place(self, label: str, start: int, stop: int) -> None:
+        """Say that a label may hold between two elements."""
+        first, last = start // _BLOCK, stop // _BLOCK
+        if last - first > _FEW:
+            self.wide.add(label)
+        elif label not in self.wide:
+            for b in range(first, last + 1):
+                self.blocks.setdefault(b, set()).add(label)
 
 
 class Provenance:
@@ -83,16 +104,13 @@ class Provenance:
         if stored is None or not stored.marks:
             return {}
         found: Marks = {}
-        start, stop = _span(tensor)
-        for label, mask in stored.marks.items():
+        for label in stored.near(*_span(tensor)):
+            mask = stored.marks.get(label, False)
             if isinstance(mask, Tensor):
-                first, last = stored.spans.get(label, (start, stop))
-                if last < start or stop < first:
-                    continue  # a series seen step by step has as many masks as steps, and a view meets one of them
                 view = mask.as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())
                 if bool(view.any()):
                     found[label] = True if bool(view.all()) else view
-            else:
+            elif mask:
                 found[label] = True
         return found
 
@@ -113,7 +131,7 @@ class Provenance:
                 k: True if m is True else torch.as_tensor(m).expand(tensor.shape).reshape(-1).clone()
                 for k, m in marks.items()
             }
-            stored.spans = {}
+            stored.wide, stored.blocks = set(marks), {}
             return
         for label in marks if keep else [*stored.marks, *marks]:
             old = stored.marks.get(label, False)
@@ -122,11 +140,10 @@ class Provenance:
                 continue
             if whole and new is True:
                 stored.marks[label] = True
+                stored.wide.add(label)
                 continue
-            if label in stored.spans or old is False:
-                start, stop = _span(tensor)
-                first, last = stored.spans.get(label, (start, stop))
-                stored.spans[label] = min(first, start), max(last, stop)
+            if new is not False:
+                stored.place(label, *_span(tensor))
             flat = old if isinstance(old, Tensor) else torch.full((size,), bool(old), device=tensor.device)
             view = flat.as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())
             if keep:
@@ -137,7 +154,6 @@ class Provenance:
                 stored.marks[label] = flat
             else:
                 stored.marks.pop(label, None)
-                stored.spans.pop(label, None)
 
     def leak(self, labels: frozenset[str], operation: str) -> None:
         """Record that a value computed from these labels left torch, unless a library did it to check its arguments."""

@@ -350,6 +350,7 @@ class _Watch(_Progress):
         self.problem = problem
         self.provenance = provenance
         self.sites: dict[str, Site] = {}
+        self.position: dict[str, int] = {}
         self.plates: dict[str, Plate] = {}
         self.uncertain: dict[str, frozenset[str]] = {}
 
@@ -392,7 +393,8 @@ class _Watch(_Progress):
         self.uncertain[name] = before - parents
         cardinality = _cardinality(fn) if Capability.ENUMERATE in capabilities and not factor else None
         support = _support(fn)
-        order = [s for s in self.sites if s in parents | before]
+        order = sorted((s for s in parents | before if s in self.position), key=self.position.__getitem__)
+        self.position[name] = len(self.position)
         self.sites[name] = Site(
             name=name,
             distribution="factor" if factor else type(_base(fn)).__name__,
