@@ -25,11 +25,12 @@ if TYPE_CHECKING:
     from pgen.fitted import Fitted
     from pgen.fitting import explain, fit, load
     from pgen.fitting import make_backend as backend
+    from pgen.inspection import structure_of
     from pgen.problem import Problem
     from pgen.protocols import Answers, Backend
     from pgen.registry import Registry, hookimpl, hookspec
     from pgen.run import Run
-    from pgen.structure import Site, Structure, structure_of
+from pgen.structure import Site, Structure
 
 __version__ = "0.1.0"
 
@@ -80,7 +81,8 @@ _HOMES = {
     "protocols": ("Answers", "Backend"),
     "registry": ("Registry", "hookimpl", "hookspec"),
     "run": ("Run",),
-    "structure": ("Site", "Structure", "structure_of"),
+    "inspection": ("structure_of",),
+    "structure": ("Site", "Structure"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 _MODULES = ("distributions", "errors", "testing")

@@ -18,11 +18,12 @@ from pgen.capability import Estimate, Offer, Query
 from pgen.draws import Draws
 from pgen.errors import CheckpointError, Dishonest, OptionError, Unanswerable
 from pgen.history import History
+from pgen.inspection import inspect_problem
 from pgen.isolation import isolated, seed_or_fresh
 from pgen.parameters import Parameters
 from pgen.problem import Data, Problem
 from pgen.protocols import Answers, Backend
-from pgen.structure import Structure, inspect_problem
+from pgen.structure import Structure
 
 _KEEP_BYTES = (
     16 * 2**20

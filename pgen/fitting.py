@@ -15,12 +15,13 @@ from pgen.choice import Explanation, choose, examine, refusal_text
 from pgen.conversion import Conversions, adapter
 from pgen.errors import OptionError, Refused
 from pgen.fitted import Fitted, restored
+from pgen.inspection import inspect_problem
 from pgen.isolation import isolated
 from pgen.problem import Data, Problem
 from pgen.protocols import Backend
 from pgen.registry import Registry
 from pgen.run import Run
-from pgen.structure import Structure, inspect_problem
+from pgen.structure import Structure
 
 
 def fit(

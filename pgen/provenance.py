@@ -39,7 +39,9 @@ class _Storage:
     owner: Tensor  # keeps the memory alive, so that its address stays its own
     marks: Marks = field(default_factory=dict)  # masks here are flat, one entry per element of the storage
     wide: set[str] = field(default_factory=set)  # labels that may hold anywhere
-    blocks: dict[int, set[str]] = field(default_factory=dict)  # labels that may hold in a few blocks of elements
+    blocks: dict[int, set[str]] = field(
+        default_factory=dict
+    )  # labels that may hold in a few blocks of elements
 
     def near(self, start: int, stop: int) -> Iterable[str]:
         """Labels that may hold between two elements.
@@ -131,7 +133,8 @@ class Provenance:
                 k: True if m is True else torch.as_tensor(m).expand(tensor.shape).reshape(-1).clone()
                 for k, m in marks.items()
             }
-            stored.wide, stored.blocks = set(marks), {}
+            stored.wide = set(marks)
+            stored.blocks.clear()
             return
         for label in marks if keep else [*stored.marks, *marks]:
             old = stored.marks.get(label, False)

@@ -12,7 +12,7 @@ from torch import nn
 from pgen.capability import Capability, Exactness, Offer, Query, Rank, Refusal
 from pgen.choice import choose, examine, learned_factor, names_of, refusal_text, require
 from pgen.errors import OptionError, Refused, UnknownName
-from pgen.structure import structure_of
+from pgen.inspection import structure_of
 from pgen.testing.unsuitable import Opaque
 
 C = Capability

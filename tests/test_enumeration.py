@@ -17,8 +17,8 @@ from pgen.algorithms.sum_product import log_partition, marginals, sample
 from pgen.enumeration import enumerate_sites
 from pgen.errors import Refused
 from pgen.handlers import ScaleRows, Substitute
+from pgen.inspection import inspect_problem
 from pgen.problem import Problem
-from pgen.structure import inspect_problem
 
 WEIGHTS = torch.tensor([0.2, 0.3, 0.5])
 MEANS = torch.tensor([-1.0, 0.5, 2.0])

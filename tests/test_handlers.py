@@ -10,8 +10,8 @@ from pyro import poutine
 
 from pgen.errors import DataError
 from pgen.handlers import Observe, ScaleRows, Substitute, without_missing
+from pgen.inspection import inspect_problem
 from pgen.problem import Problem
-from pgen.structure import inspect_problem
 
 X = torch.tensor([0.5, -1.0, 2.0, 0.25])
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from pyro import poutine
 
+from pgen.inspection import inspect_problem
 from pgen.problem import Problem
 from pgen.sampling import draw, observed_scalars, particles, split, spread, vectorizes
-from pgen.structure import inspect_problem
 from pgen.testing import statistics as stats
 
 

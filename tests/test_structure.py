@@ -15,8 +15,8 @@ from torch import nn
 
 from pgen.capability import Capability
 from pgen.errors import DataError, ProgramError
+from pgen.inspection import structure_of
 from pgen.problem import Problem
-from pgen.structure import structure_of
 
 ROWS = {"x": torch.randn(7)}
 

@@ -59,7 +59,7 @@ class Amortized(nn.Module):
     Example:
         >>> import pyro, torch, pyro.distributions as dist
         >>> from pgen.problem import Problem
-        >>> from pgen.structure import structure_of
+        >>> from pgen.inspection import structure_of
         >>> def model(n):
         ...     with pyro.plate("rows", n):
         ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))

@@ -63,7 +63,7 @@ class Automatic(nn.Module):
 
     Example:
         >>> import pyro.distributions as dist, torch
-        >>> from pgen.structure import structure_of
+        >>> from pgen.inspection import structure_of
         >>> def model(x):
         ...     scale = pyro.sample("scale", dist.HalfNormal(1.0))
         ...     with pyro.plate("rows", len(x)):

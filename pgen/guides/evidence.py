@@ -58,7 +58,7 @@ class Reader:
         ...     with pyro.plate("rows", len(x)):
         ...         z = pyro.sample("z", dist.Normal(0, 1))
         ...         pyro.sample("x", dist.Normal(z, 1), obs=x)
-        >>> from pgen.structure import structure_of
+        >>> from pgen.inspection import structure_of
         >>> problem = Problem.of(model, torch.zeros(5))
         >>> seen = Reader(problem, structure_of(problem))(problem.take(torch.arange(2)))
         >>> seen.observed["x"].shape, seen.plates["rows"]

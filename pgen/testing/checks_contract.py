@@ -8,8 +8,8 @@ from typing import Any
 
 from pgen.capability import Exactness, Offer, Query, Rank, Refusal
 from pgen.errors import PgenError, Refused, Unanswerable
+from pgen.inspection import structure_of
 from pgen.registry import Registry
-from pgen.structure import structure_of
 from pgen.testing.subject import NotApplicable, Subject
 
 

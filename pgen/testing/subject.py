@@ -21,11 +21,12 @@ from pgen.choice import refusal_text
 from pgen.conversion import Conversions
 from pgen.fitted import Fitted
 from pgen.fitting import fit
+from pgen.inspection import inspect_problem
 from pgen.problem import Problem
 from pgen.protocols import Answers, Backend
 from pgen.registry import Registry
 from pgen.run import Run
-from pgen.structure import Structure, inspect_problem
+from pgen.structure import Structure
 from pgen.testing.problems import Data, Reference
 
 SHORT = 3

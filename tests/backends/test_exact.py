@@ -15,8 +15,8 @@ from pgen.backends.exact.mode import At
 from pgen.capability import Offer, Query
 from pgen.errors import DataError, OptionError, Refused
 from pgen.fitting import fit
+from pgen.inspection import structure_of
 from pgen.run import Run
-from pgen.structure import structure_of
 from pgen.testing import conformance
 
 QUIET = Run(progress=False)

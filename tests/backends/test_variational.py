@@ -749,8 +749,8 @@ def test_a_program_that_sums_over_particles_is_not_fooled():
     from pgen.backends.variational.joint import agrees
     from pgen.backends.variational.proposal import prior
     from pgen.backends.variational.settle import couple
+    from pgen.inspection import inspect_problem
     from pgen.problem import Problem
-    from pgen.structure import inspect_problem
 
     for program, right in ((leaky, False), (two_views, True)):
         structure, problem = inspect_problem(Problem.of(program, {"x": torch.randn(4)}))

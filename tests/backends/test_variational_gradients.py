@@ -17,9 +17,9 @@ from pgen.backends.variational import objectives
 from pgen.backends.variational.objectives import Baselines, Regularizer
 from pgen.backends.variational.proposal import users
 from pgen.backends.variational.settle import couple, settle
+from pgen.inspection import inspect_problem
 from pgen.parameters import Parameters
 from pgen.problem import Problem
-from pgen.structure import inspect_problem
 
 
 @pytest.fixture(autouse=True)

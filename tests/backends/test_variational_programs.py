@@ -14,9 +14,9 @@ from pgen.backends.variational import Variational
 from pgen.backends.variational.joint import agrees
 from pgen.backends.variational.proposal import automatic
 from pgen.backends.variational.settle import couple
+from pgen.inspection import inspect_problem
 from pgen.parameters import Parameters
 from pgen.problem import Problem
-from pgen.structure import inspect_problem
 
 
 def fitted(program, data, steps=0, seed=0, lr=1e-2, schedule="constant", batch_size=None, args=(), **options):

@@ -16,9 +16,9 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from pgen.guides import Amortized
+from pgen.inspection import structure_of
 from pgen.nn import MLP
 from pgen.problem import Problem
-from pgen.structure import structure_of
 
 NOISE = 0.3
 TAU = 0.5

@@ -25,8 +25,12 @@ def test_a_hasty_demo_has_all_its_parts(tmp_path):
     assert done.exit_code == 0, done.output
     told = json.loads(done.stdout)
     rows = {row["name"]: row for row in told["rows"]}
+    real = rows.pop("real digits")
+    assert real["kind"] is None
+    assert 0 < real["distance"] < 0.05
     assert list(rows) == NAMES
-    assert [rows[name]["kind"] for name in NAMES] == ["estimate"] * 3 + ["exact", "lower bound"]
+    kinds = ["lower bound", "estimate", "estimate", "exact", "lower bound"]
+    assert [rows[name]["kind"] for name in NAMES] == kinds
     assert {row["measure"] for row in rows.values()} == {"mass"}  # densities never stand beside masses
     for row in rows.values():
         assert row["bits_per_dim"] == pytest.approx(-row["nats"] / (64 * 0.6931471805599453), rel=1e-5)
@@ -43,9 +47,9 @@ def test_a_folder_that_cannot_be_made(tmp_path):
 
 @pytest.mark.slow
 def test_the_whole_demo(tmp_path):
-    """Nats on the test digits: they were 88.0, 88.4, 89.1, 86.2, 96.4, and machines differ."""
-    rows = {row.name: row for row in demo(tmp_path, seed=0)}
-    limits = {"VAE by ELBO": 91, "VAE by IWAE": 91, "VAE by wake-sleep": 92, "MADE": 89, "spline flow": 99}
+    """Nats on the test digits: they were 91.2 (a bound), 89.2, 89.9, 86.5, 92.4 (a bound), and machines differ."""
+    rows = {row.name: row for row in demo(tmp_path, seed=0) if row.fitted is not None}
+    limits = {"VAE by ELBO": 94, "VAE by IWAE": 92, "VAE by wake-sleep": 92, "MADE": 89, "spline flow": 95}
     assert {name for name, limit in limits.items() if -rows[name].nats > limit} == set()
     assert all(row.distance < 0.05 for row in rows.values())
     validation = {name: row.fitted.history.validation[-1][1] for name, row in rows.items()}

@@ -12,8 +12,8 @@ from pyro import poutine
 from pgen.errors import DataError, OptionError, ProgramError
 from pgen.guides import Amortized
 from pgen.guides.families import GAIN
+from pgen.inspection import inspect_problem, structure_of
 from pgen.problem import Problem
-from pgen.structure import inspect_problem, structure_of
 
 
 def tree(n):

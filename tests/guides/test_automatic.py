@@ -12,9 +12,9 @@ from pgen.errors import DataError, OptionError, ProgramError
 from pgen.guides import Automatic
 from pgen.guides.automatic import JOINT, KINDS
 from pgen.guides.families import GAIN
+from pgen.inspection import inspect_problem, structure_of
 from pgen.problem import Problem
 from pgen.sampling import split
-from pgen.structure import inspect_problem, structure_of
 
 
 def schools(y):

@@ -8,8 +8,8 @@ from pyro import poutine
 
 from pgen.guides import Reader, Slot
 from pgen.guides.evidence import Probe, positional_plates
+from pgen.inspection import inspect_problem
 from pgen.problem import Problem
-from pgen.structure import inspect_problem
 
 
 class Counted:

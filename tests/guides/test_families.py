@@ -9,7 +9,7 @@ from pyro.distributions import constraints
 from pgen.errors import OptionError, ProgramError
 from pgen.guides.families import FAMILIES, Continuous, Discrete, Levels, lower_triangle
 from pgen.guides.features import Unconstrain
-from pgen.structure import structure_of
+from pgen.inspection import structure_of
 
 CONTINUOUS = {
     "real": dist.Normal(0.0, 1.0),

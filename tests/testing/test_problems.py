@@ -7,9 +7,9 @@ import pytest
 import torch
 from pyro import poutine
 
+from pgen.inspection import inspect_problem
 from pgen.problem import Problem
 from pgen.sampling import draw
-from pgen.structure import inspect_problem
 from pgen.testing import problems, unsuitable
 from pgen.testing import statistics as stats
 from pgen.testing.checks_truth import assert_law, moments_of

@@ -153,6 +153,14 @@ def _method(structure: Structure, latents: tuple[str, ...], sites: frozenset[str
                     f"{site.distribution} at {name!r} depends on the Gaussian latent {latents[0]!r}, so the "
                     "posterior is not Gaussian",
                 )
+            if name in sites and name in structure.bent:
+                latent = next((p for p in (*site.parents, name) if p in latents), latents[0])
+                return Refusal(
+                    latent,
+                    "linear use",
+                    f"the log density of {name!r} is not quadratic in the Gaussian latent {latent!r}, so that it "
+                    "cannot be integrated in closed form",
+                )
         return "gaussian"
     if None in kinds.values():
         odd = next(name for name in latents if kinds[name] is None)

@@ -102,7 +102,7 @@ class Exact:
             answers[Query.SAMPLE] = exact
         if (structure.latents or len(structure.observed) > 1) and not bounded:
             answers |= {Query.POSTERIOR: exact, Query.MARGINALS: exact}
-        certain = all(group.method == "finite" for group in groups)
+        certain = all(group.method in ("finite", "gaussian") for group in groups)
         rank = Rank.IDEAL if certain and not bounded else Rank.POSSIBLE
         return Offer(answers, rank, _why(groups) + _caveat(bounded), names_of(paths))
 

@@ -138,6 +138,8 @@ class Coupling:
         analytic: latents whose divergence is known in closed form.
         nesting: batch dimensions that guide and program use.
         vectorized: particles run under one plate.
+        check: sums over many values at once are compared with those over single ones.
+        apart: the program takes the values of what is summed out one by one only.
     """
 
     structure: Structure
@@ -152,6 +154,8 @@ class Coupling:
     analytic: frozenset[str] = frozenset()
     nesting: int = 0
     vectorized: bool = True
+    check: bool = False
+    apart: bool = False
 
     @property
     def rows(self) -> str | None:
@@ -237,7 +241,15 @@ class Coupling:
 
         powers = dict.fromkeys(self.structure.data_plates, scale)
         nesting = self.nesting + (particles > 1)
-        found = enumerate_sites(once, self.structure, self.summed, nesting=nesting, powers=powers)
+        found = enumerate_sites(
+            once,
+            self.structure,
+            self.summed,
+            nesting=nesting,
+            powers=powers,
+            check=self.check,
+            apart=self.apart,
+        )
         alive = {name: factor for name, factor in found.factors.items() if name not in self.barren}
         together = [
             name for name, factor in alive.items() if not found.variables.keys().isdisjoint(factor.names)

@@ -157,6 +157,7 @@ class Variational:
             self.via,
             guide=None if callable(self.guide) else self.guide,
             enumerated=self.enumerate == "auto",
+            simulated=self.objective == "forward-kl",
         )
         if isinstance(found, Refusal):
             return found

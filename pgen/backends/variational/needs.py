@@ -12,6 +12,8 @@ from pgen.errors import PgenError
 from pgen.guides.features import Unconstrain, levels
 from pgen.structure import Site, Structure
 
+_JOINT = ("full-rank", "low-rank", "flow")  # guides that are one law of all latents
+
 
 @dataclass(frozen=True)
 class Needs:
@@ -29,7 +31,7 @@ class Needs:
 
 
 def needs(
-    structure: Structure, via: Mapping[str, str], *, guide: str | None, enumerated: bool
+    structure: Structure, via: Mapping[str, str], *, guide: str | None, enumerated: bool, simulated: bool
 ) -> Needs | Refusal:
     """A log probability at every site, and a guide for every latent that is not summed out."""
     unlearnable = learned_factor(structure)
@@ -60,6 +62,19 @@ def needs(
         refusal = _unguided(structure.sites[name], structure, guide or "")
         if refusal is not None:
             return refusal
+    if guide in _JOINT and drawn and all(map(structure.local, drawn)):
+        return Refusal(
+            drawn[0],
+            "a latent that all rows share",
+            f"guide={guide!r} is one joint law of the latents of all rows, while these rows are independent and each is to "
+            "have a bound of its own; use guide='amortized' with family='full', 'low-rank' or 'flow', or 'mean-field'",
+        )
+    if simulated and not drawn:
+        return Refusal(
+            None,
+            "a latent that the guide draws",
+            "objective='forward-kl' trains a guide alone, and here is none to train",
+        )
     return Needs(paths, drawn, summed)
 
 

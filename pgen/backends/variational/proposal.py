@@ -17,9 +17,10 @@ from pgen.guides import Amortized, Automatic
 from pgen.guides.automatic import Kind as Joint
 from pgen.guides.families import Family
 from pgen.guides.plan import Globals
+from pgen.inspection import inspect_problem
 from pgen.parameters import Parameters
 from pgen.problem import Problem
-from pgen.structure import Structure, inspect_problem
+from pgen.structure import Structure
 
 Kind = Literal["auto", "amortized"] | Joint
 

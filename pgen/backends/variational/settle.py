@@ -47,7 +47,7 @@ def settle(coupling: Coupling, problem: Problem, *, analytic: bool, particles: b
     """
     with torch.random.fork_rng(), torch.no_grad(), validating(True):
         try:
-            lanes = coupling.weigh(problem, 1)
+            lanes = replace(coupling, check=True).weigh(problem, 1)
             guide = coupling.guide_terms([lane.guide for lane in lanes])
             coupling.program_terms(lanes)
         except PgenError:
@@ -62,7 +62,8 @@ def settle(coupling: Coupling, problem: Problem, *, analytic: bool, particles: b
             _require_same_rows(coupling, name, guide[name].dims)
     scored = tuple(n for n in coupling.order if not _has_path(lanes[0].guide[n].law))
     known = [n for n in coupling.order if analytic and _closed_form(coupling, lanes[0], n)]
-    settled = replace(coupling, scored=scored, analytic=frozenset(known))
+    apart = lanes[0].factors is not None and lanes[0].factors.apart
+    settled = replace(coupling, scored=scored, analytic=frozenset(known), apart=apart)
     return replace(settled, vectorized=not particles or agrees(settled, problem))
 
 

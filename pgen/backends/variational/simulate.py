@@ -16,11 +16,12 @@ from pgen.backends.variational.joint import Coupling, Nodes, record
 from pgen.backends.variational.objectives import Loss
 from pgen.backends.variational.proposal import Proposal
 from pgen.errors import ProgramError
+from pgen.inspection import inspect_problem
 from pgen.parameters import Parameters
 from pgen.problem import Problem
 from pgen.run import Step
 from pgen.sampling import particles, split, vectorizes
-from pgen.structure import Structure, inspect_problem
+from pgen.structure import Structure
 
 _CHUNK = 1000
 
