@@ -193,7 +193,7 @@ def test_a_refusal_names_the_site_and_what_it_lacks(case):
 @pytest.mark.parametrize(
     ("program", "site", "missing"),
     [
-        (neural, "z", "a Gaussian posterior"),
+        (neural, "z", "linear use"),
         (not_conjugate, "p", "a conjugate likelihood"),
         (undeclared, "k", "a plate around its batch dimensions"),
     ],

@@ -162,7 +162,7 @@ def _why(groups: list[Group]) -> str:
     said = []
     for method, phrase in (
         ("finite", "{} summed out"),
-        ("gaussian", "{} jointly Gaussian, if the program is linear in them (settled when fitted)"),
+        ("gaussian", "{} jointly Gaussian, as far as trial runs tell (proved when fitted)"),
         ("conjugate", "{} conjugate, if the likelihood has that form (settled when fitted)"),
     ):
         names = [name for group in groups if group.method == method for name in group.latents]
