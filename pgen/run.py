@@ -42,7 +42,7 @@ class Run:
             `torch.optim.Optimizer`. Each player has one of its own.
         lr: learning rate, or a mapping from the names of players to theirs. None: 1e-3, or the callable's
             own.
-        schedule: "constant", "linear" or "cosine" (down to 0), "exponential" (down to 1 percent), or a
+        schedule: "cosine" or "linear" (down to 0), "exponential" (down to 1 percent), "constant", or a
             callable from step and number of steps to a factor of the learning rate.
         warmup_steps: steps over which the learning rate rises from 0.
         clip_norm: gradients with a larger norm, over all parameters of a player, are shortened to it. None:
@@ -85,7 +85,7 @@ class Run:
     batch_size: int | None = None
     optimizer: str | Factory = "adam"
     lr: float | Mapping[str, float] | None = None
-    schedule: str | Schedule = "constant"
+    schedule: str | Schedule = "cosine"
     warmup_steps: int = 0
     clip_norm: float | None = 10.0
     weight_decay: float | None = None

@@ -190,7 +190,7 @@ def test_players_move_only_their_own_parameters_and_see_those_who_moved_before()
         "min": Player({"a": a}, lambda batch, step: (a * b, {"product": a * b})),
         "max": Player({"b": b}, lambda batch, step: (-a * b, {})),
     }
-    run = Run(steps=3, optimizer="sgd", lr={"min": 0.1, "max": 0.5}, clip_norm=None)
+    run = Run(steps=3, optimizer="sgd", lr={"min": 0.1, "max": 0.5}, schedule="constant", clip_norm=None)
     history = run.optimize(players, problem(10))
     x, y, products = 1.0, 2.0, []
     for _ in range(3):
@@ -239,7 +239,7 @@ def test_the_average_is_what_is_kept():
     values = []
     a = torch.zeros(1, requires_grad=True)
     player = Player({"a": a}, lambda batch, step: (-a.sum(), {"a": a}))
-    Run(steps=20, optimizer="sgd", lr=1.0, ema=0.8).optimize({"p": player}, problem(10))
+    Run(steps=20, optimizer="sgd", lr=1.0, schedule="constant", ema=0.8).optimize({"p": player}, problem(10))
     average = 0.0
     for t in range(1, 21):
         decay = min(0.8, (1 + t) / (10 + t))
@@ -248,7 +248,7 @@ def test_the_average_is_what_is_kept():
     assert abs(a.item() - average) < 1e-4
     by_half_life = torch.zeros(1, requires_grad=True)
     player = Player({"a": by_half_life}, lambda batch, step: (-by_half_life.sum(), {}))
-    run = Run(steps=20, optimizer="sgd", lr=1.0, ema=math.log(0.5) / math.log(0.8))
+    run = Run(steps=20, optimizer="sgd", lr=1.0, schedule="constant", ema=math.log(0.5) / math.log(0.8))
     run.optimize({"p": player}, problem(10))
     assert torch.allclose(a, by_half_life, atol=1e-4)
 

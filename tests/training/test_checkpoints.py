@@ -177,13 +177,13 @@ def test_a_killed_process_is_gone_on_from(tmp_path):
 def test_more_steps_go_on_from_fewer(tmp_path):
     for steps in (10, 25):
         last = Network()
-        last.fit(Run(steps=steps, directory=tmp_path / "a", checkpoint_every=10))
+        last.fit(Run(steps=steps, schedule="constant", directory=tmp_path / "a", checkpoint_every=10))
     assert last.calls[0] == 10
     whole = Network()
-    whole.fit(Run(steps=25, directory=tmp_path / "b", checkpoint_every=10))
+    whole.fit(Run(steps=25, schedule="constant", directory=tmp_path / "b", checkpoint_every=10))
     assert same(whole.tensors(), last.tensors())
     with pytest.raises(CheckpointError, match="it is at step 25, and this run has only 20 steps"):
-        Network().fit(Run(steps=20, directory=tmp_path / "a", checkpoint_every=10))
+        Network().fit(Run(steps=20, schedule="constant", directory=tmp_path / "a", checkpoint_every=10))
 
 
 def test_damaged_checkpoints_are_passed_over(tmp_path):

@@ -4,6 +4,7 @@ import math
 import os
 import signal
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ import torch
 from pgen.errors import Diverged, OptionError, ProgramError
 from pgen.problem import Problem
 from pgen.run import Player, Run
+
+steady = partial(Run, schedule="constant")
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +67,7 @@ def breaking_player(bad):
 def test_what_diverges_is_undone_at_half_the_rate():
     player, _ = breaking_player(lambda index, calls: index == 157 and calls.count(157) == 1)
     with pytest.warns(RuntimeWarning, match="step 157: the loss of player 'p' is nan; went back to step 100"):
-        history = Run(steps=200, optimizer="sgd", lr=1.0).optimize({"p": player}, problem(10))
+        history = steady(steps=200, optimizer="sgd", lr=1.0).optimize({"p": player}, problem(10))
     assert player.parameters["a"].item() == 100 + 100 * 0.5
     assert history.steps == len(history["loss"]) == 200
     assert history["loss"].isfinite().all()
@@ -74,7 +77,7 @@ def test_what_diverges_is_undone_at_half_the_rate():
 def test_the_copy_to_go_back_to_can_be_used_again():
     """Momentum is part of it: twice back to step 100, then on at a quarter of the rate."""
     player, _ = breaking_player(lambda index, calls: index == 157 and calls.count(157) <= 2)
-    run = Run(steps=200, optimizer=lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9))
+    run = steady(steps=200, optimizer=lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9))
     with pytest.warns(RuntimeWarning, match="went back to step 100 with 0.(5|25) of"):
         run.optimize({"p": player}, problem(10))
     value = velocity = 0.0
@@ -86,7 +89,7 @@ def test_the_copy_to_go_back_to_can_be_used_again():
 
 def test_after_three_roll_backs_it_gives_up_with_the_last_good_state():
     player, calls = breaking_player(lambda index, calls: index >= 120)
-    run = Run(steps=500, optimizer="sgd", lr=1.0)
+    run = steady(steps=500, optimizer="sgd", lr=1.0)
     with (
         pytest.warns(RuntimeWarning, match="went back"),
         pytest.raises(
@@ -104,7 +107,7 @@ def test_bad_data_fails_at_the_first_step():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(Diverged, match="step 0 of 2000.*Nothing was learned yet, so look at the data"):
-            Run().optimize({"p": player}, problem(10))
+            steady().optimize({"p": player}, problem(10))
     assert len(calls) == 4
     assert player.parameters["a"].item() == 0
 
@@ -113,7 +116,7 @@ def test_a_gradient_that_is_not_finite_is_noticed_though_the_loss_is():
     a = torch.zeros(1, requires_grad=True)
     player = Player({"a": a}, lambda batch, step: (a.sqrt().sum(), {}))  # infinite slope at 0
     with pytest.raises(Diverged, match="the gradient norm of player 'p' is inf"):
-        Run(steps=10).optimize({"p": player}, problem(10))
+        steady(steps=10).optimize({"p": player}, problem(10))
     assert a.item() == 0
 
 
@@ -132,7 +135,7 @@ def test_errors_that_come_of_broken_parameters_are_divergence_and_others_are_not
         pytest.warns(RuntimeWarning, match="the program raised ValueError: Expected parameter loc|is inf"),
         pytest.raises(Diverged) as caught,
     ):
-        Run(steps=20).optimize({"p": Player({"a": a}, loss)}, problem(10))
+        steady(steps=20).optimize({"p": Player({"a": a}, loss)}, problem(10))
     assert a.item() == 0
     assert "step" in str(caught.value)
 
@@ -142,7 +145,7 @@ def test_errors_that_come_of_broken_parameters_are_divergence_and_others_are_not
     b = torch.zeros(1, requires_grad=True)
     before = torch.random.get_rng_state()
     with pytest.raises(ValueError, match="^a typo$"):
-        Run(steps=20).optimize({"p": Player({"b": b}, typo)}, problem(10))
+        steady(steps=20).optimize({"p": Player({"b": b}, typo)}, problem(10))
     assert torch.equal(before, torch.random.get_rng_state())
 
 
@@ -156,7 +159,7 @@ def test_a_failing_factorisation_is_undone():
         return -a.sum(), {}
 
     with pytest.warns(RuntimeWarning, match="the program raised LinAlgError"):
-        history = Run(steps=10).optimize({"p": Player({"a": a}, loss)}, problem(10))
+        history = steady(steps=10).optimize({"p": Player({"a": a}, loss)}, problem(10))
     assert history.steps == 10
 
 
@@ -169,7 +172,7 @@ def test_buffers_are_undone_with_the_parameters():
         return -a.sum() * (math.nan if step.index == 15 and calls.count(15) == 1 else 1.0), {}
 
     with pytest.warns(RuntimeWarning, match="went back to step 0"):
-        Run(steps=20).optimize({"p": Player({"a": a}, loss)}, problem(10), buffers={"count": count})
+        steady(steps=20).optimize({"p": Player({"a": a}, loss)}, problem(10), buffers={"count": count})
     assert count.item() == 20
     assert len(calls) > 20
 
@@ -190,8 +193,8 @@ def test_ctrl_c_keeps_what_was_learned(real):
         return Player(player.parameters, loss)
 
     interrupted, whole = make(12), make(None)
-    history = Run(steps=1000).optimize({"p": interrupted}, problem())
-    Run(steps=12).optimize({"p": whole}, problem())
+    history = steady(steps=1000).optimize({"p": interrupted}, problem())
+    steady(steps=12).optimize({"p": whole}, problem())
     assert (history.stopped, history.steps, len(history["loss"])) == ("interrupted", 12, 12)
     assert same(trained(interrupted), trained(whole))
 
@@ -204,7 +207,7 @@ def test_ctrl_c_never_keeps_what_is_not_finite():
             raise KeyboardInterrupt
         return -a.sum() * (math.nan if step.index > 102 else 1), {}
 
-    history = Run(steps=1000, optimizer="sgd", lr=1.0).optimize({"p": Player({"a": a}, loss)}, problem(10))
+    history = steady(steps=1000, optimizer="sgd", lr=1.0).optimize({"p": Player({"a": a}, loss)}, problem(10))
     assert (a.item(), history.steps, history.stopped) == (100, 100, "interrupted")
 
 
@@ -218,14 +221,14 @@ def test_ctrl_c_looks_at_the_parameters_too():
             raise KeyboardInterrupt
         return -a.sum(), {}
 
-    history = Run(steps=1000, optimizer="sgd", lr=1.0).optimize({"p": Player({"a": a}, loss)}, problem(10))
+    history = steady(steps=1000, optimizer="sgd", lr=1.0).optimize({"p": Player({"a": a}, loss)}, problem(10))
     assert (a.item(), history.steps) == (100, 100)
 
 
 def test_parameters_that_no_loss_depends_on_are_told():
     player = mean_player()
     spare = torch.zeros(3, requires_grad=True)
-    history = Run(steps=3).optimize(
+    history = steady(steps=3).optimize(
         {"p": Player({**player.parameters, "spare": spare}, player.loss)}, problem()
     )
     assert history.warnings == ("player 'p': no loss depends on 'spare', which keep their values",)
@@ -240,12 +243,12 @@ def test_parameters_that_cannot_be_trained_are_refused():
         ({"a": torch.ones(1, dtype=torch.int64)}, "int64"),
     ]:
         with pytest.raises(ProgramError, match=rf"player 'p': parameter 'a' is .*{told}; expected a leaf"):
-            Run().optimize({"p": Player(bad, nothing)}, problem())
+            steady().optimize({"p": Player(bad, nothing)}, problem())
     with pytest.raises(ProgramError, match="belongs to the players 'p' and 'q'"):
-        Run().optimize({"p": Player({"a": leaf}, nothing), "q": Player({"b": leaf}, nothing)}, problem())
+        steady().optimize({"p": Player({"a": leaf}, nothing), "q": Player({"b": leaf}, nothing)}, problem())
     with pytest.raises(ProgramError, match=r"the loss of player 'p' has shape \(3,\); expected one number"):
-        Run().optimize({"p": Player({"a": leaf}, lambda batch, step: (leaf.expand(3), {}))}, problem())
+        steady().optimize({"p": Player({"a": leaf}, lambda batch, step: (leaf.expand(3), {}))}, problem())
     with pytest.raises(OptionError, match="there is no player 'critic'; expected names among 'p'"):
-        Run(lr={"critic": 0.1}).optimize({"p": Player({"a": leaf}, nothing)}, problem())
+        steady(lr={"critic": 0.1}).optimize({"p": Player({"a": leaf}, nothing)}, problem())
     with pytest.raises(OptionError, match="the callable gave list; expected a torch.optim.Optimizer"):
-        Run(optimizer=list).optimize({"p": Player({"a": leaf}, nothing)}, problem())
+        steady(optimizer=list).optimize({"p": Player({"a": leaf}, nothing)}, problem())
