@@ -14,45 +14,8 @@ from torch import nn
 
 from pgen.errors import CheckpointError
 from pgen.history import History
-from pgen.problem import Problem
 from pgen.run import Player, Run, Step
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """These tensors are too small to share, and bits depend on the number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def program(x):
-    return x
-
-
-def problem(rows=300, seed=1):
-    x = torch.randn(rows, 2, generator=torch.Generator().manual_seed(seed))
-    return Problem.of(program, {"x": x})
-
-
-def mean_player(start=0.0, noise=0.0, dtype=None):
-    """Minimises (loc - x)^2 on average: the answer is the mean of the data."""
-    loc = torch.full((2,), start, dtype=dtype).requires_grad_()
-
-    def loss(batch, step):
-        error = (loc - batch.inputs["x"]).square().sum(-1).mean()
-        return error + noise * (torch.randn(2) * loc).sum(), {"first": loc[0], "rows": float(batch.rows)}
-
-    return Player({"loc": loc}, loss)
-
-
-def trained(player):
-    return [tensor.detach().clone() for tensor in player.parameters.values()]
-
-
-def same(left, right):
-    return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+from tests.training.subjects import mean_player, problem, same, trained
 
 
 class Network:
