@@ -10,6 +10,7 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from pgen.capability import Capability, capabilities_of
 from pgen.errors import DataError
 
 
@@ -103,6 +104,31 @@ class Adapt(Messenger):
         adapt = self.adapters.get(msg["name"])
         if adapt is not None:
             msg["fn"] = adapt(msg["fn"])
+
+
+class StandIn(Messenger):
+    """Give latents that nobody can draw (an improper prior, an energy) some value inside their support.
+
+    To have a value where a run needs one: nothing is said about how probable it is.
+    """
+
+    def __init__(self, sites: Collection[str] | None = None) -> None:
+        """Name the sites; None: look at every one."""
+        super().__init__()
+        self.sites = sites
+
+    def _pyro_sample(self, msg: Any) -> None:
+        fn = msg["fn"]
+        if self.sites is not None and msg["name"] not in self.sites:
+            return
+        if msg["is_observed"] or msg["value"] is not None or type(fn).__name__ == "_Subsample":
+            return
+        if not capabilities_of(fn) & {Capability.SAMPLE, Capability.RSAMPLE}:
+            inside = torch.distributions.biject_to(fn.support)
+            msg["value"] = inside(
+                torch.zeros(inside.inverse_shape(torch.Size(fn.batch_shape) + torch.Size(fn.event_shape)))
+            )
+            msg["done"] = True
 
 
 class Substitute(Messenger):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import networkx as nx
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pgen.capability import Capability, capabilities_of
 from pgen.errors import DataError, PgenError, ProgramError
+from pgen.handlers import StandIn
 from pgen.isolation import isolated, validating
 from pgen.linearity import bent_sites
 from pgen.parameters import Parameters
@@ -50,7 +51,10 @@ def structure_of(
 def inspect_problem(problem: Problem) -> tuple[Structure, Problem]:
     """The structure, and the problem as it may be run: with rows only where they can be taken apart."""
     with isolated(0):  # threads take turns: Pyro's handler stack belongs to the process
-        return _inspect_problem(problem)
+        structure, problem = _inspect_problem(problem)
+    drawn = {Capability.SAMPLE, Capability.RSAMPLE}
+    undrawable = frozenset(n for n in structure.latents if not structure.sites[n].capabilities & drawn)
+    return structure, replace(problem, undrawable=undrawable)
 
 
 def _inspect_problem(problem: Problem) -> tuple[Structure, Problem]:
@@ -108,7 +112,7 @@ def _inspect(problem: Problem, follow: bool) -> _Inspected:
             with at:
                 parameters = Parameters.of(problem)
             at = watch
-            with parameters.installed(), watch:
+            with parameters.installed(), StandIn(), watch:
                 if watch.provenance is None:
                     problem()
                 else:
@@ -119,7 +123,7 @@ def _inspect(problem: Problem, follow: bool) -> _Inspected:
                     with watch.provenance:
                         problem()
             if follow:
-                with parameters.installed():
+                with parameters.installed(), StandIn():
                     bent = _bent(problem, watch.sites)
     except PgenError:
         raise

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from pgen.errors import CheckpointError
+from pgen.handlers import StandIn
 from pgen.problem import Problem
 
 _Slot = tuple[
@@ -66,6 +67,7 @@ class Parameters:
             torch.no_grad(),
             pyro.get_param_store().scope() as store,
             found._lent(training=False),
+            StandIn(),
         ):
             (run or problem)()
         found._adopt(store)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
 
 from pgen.errors import DataError
-from pgen.handlers import Adapt, Observe
+from pgen.handlers import Adapt, Observe, StandIn
 
 Data = Any  # a mapping, a tensor, a tuple of tensors, a torch Dataset or DataLoader of those, or None
 
@@ -53,6 +53,7 @@ class Problem:
     adapters: Mapping[str, Callable[[Any], Any]] = field(
         default_factory=dict
     )  # site -> how its law is converted
+    undrawable: frozenset[str] = frozenset()  # latents without a way to draw them, given some value instead
     source: _Rows | None = None  # a map-style dataset whose rows are read by `take`
     suggested_batch: int | None = None
 
@@ -74,7 +75,13 @@ class Problem:
 
     def with_data(self, data: Data) -> Problem:
         """The same program and arguments on other data."""
-        clean = Problem(self.program, args=self.args, kwargs=self.kwargs, adapters=self.adapters)
+        clean = Problem(
+            self.program,
+            args=self.args,
+            kwargs=self.kwargs,
+            adapters=self.adapters,
+            undrawable=self.undrawable,
+        )
         if isinstance(data, Problem):
             raise DataError(
                 "data is a Problem already; pass its data: a mapping, a tensor, a tuple, a Dataset or a DataLoader"
@@ -250,7 +257,7 @@ class Problem:
             if self.unobserved
             else Observe(self.observations, self.missing, fallback=self.inputs)
         )
-        with Adapt(self.adapters), meet:
+        with Adapt(self.adapters), StandIn(self.undrawable), meet:
             return self.program(*args, **kwargs)
 
 

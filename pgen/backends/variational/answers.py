@@ -18,7 +18,7 @@ from pgen.algorithms.estimators import local_cost
 from pgen.backends.variational.draws import drawn, marginals, pick, row_axis, rows_at_once, sizes, whole
 from pgen.backends.variational.joint import PARTICLES, Coupling
 from pgen.backends.variational.proposal import Proposal, prior
-from pgen.capability import Estimate, Exactness
+from pgen.capability import Capability, Estimate, Exactness
 from pgen.draws import Draws
 from pgen.errors import DataError, Unanswerable
 from pgen.history import History
@@ -75,7 +75,8 @@ class Posterior:
             log_w = torch.cat([self._log_weights(coupling, batch, tied) for batch in batches], 1)
         scalars = observed_scalars(problem, structure) * (problem.rows or 1 if tied else 1)
         common = {"measure": structure.measure, "dims": scalars or None}
-        loose = Exactness.UNNORMALIZED if structure.factors else None
+        proper = all(Capability.LOG_PROB in s.capabilities or problem.adapters.get(s.name) for s in structure)
+        loose = None if proper else Exactness.UNNORMALIZED
         if not self.coupling.order:
             return Estimate(log_w[0], loose or Exactness.EXACT, **common)
         if self.evaluate == "bound":
