@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from pgen.protocols import Answers, Backend
     from pgen.registry import Registry, hookimpl, hookspec
     from pgen.run import Run
-from pgen.structure import Site, Structure
+    from pgen.structure import Site, Structure
 
 __version__ = "0.1.0"
 

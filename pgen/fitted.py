@@ -16,7 +16,7 @@ from torch import Tensor
 from pgen import store
 from pgen.capability import Estimate, Offer, Query
 from pgen.draws import Draws
-from pgen.errors import CheckpointError, Dishonest, OptionError, Unanswerable
+from pgen.errors import CheckpointError, DataError, Dishonest, OptionError, Unanswerable
 from pgen.history import History
 from pgen.inspection import inspect_problem
 from pgen.isolation import isolated, seed_or_fresh
@@ -205,9 +205,14 @@ class Fitted:
         if isinstance(data, Mapping):
             used = {name for s in self.structure for name in s.inputs}
             kept = {k: v for k, v in self.problem.inputs.items() if k in used and k not in data}
-            sizes = {torch.as_tensor(v).shape[:1] for v in data.values() if torch.as_tensor(v).ndim}
-            if self.problem.rows is None or all(v.shape[:1] in sizes for v in kept.values()):
-                data = {**kept, **data}
+            sizes = {len(v) for v in map(torch.as_tensor, data.values()) if v.ndim}
+            for key, value in kept.items() if self.problem.rows is not None else ():
+                if value.ndim and sizes and len(value) not in sizes:
+                    raise DataError(
+                        f"{self.structure.name} needs {key!r} too: it was fitted with {len(value)} rows of it, and is asked "
+                        f"about {sizes.pop()}; give those rows of it in the data"
+                    )
+            data = {**kept, **data}
         asked = self.problem.with_data(data)
         asked = asked.to(self.problem.device, torch.float64 if self._precision == "float64" else None)
         structure, problem = inspect_problem(asked)

@@ -16,7 +16,7 @@ from pgen.conversion import Conversions, adapter
 from pgen.errors import OptionError, Refused
 from pgen.fitted import Fitted, restored
 from pgen.inspection import inspect_problem
-from pgen.isolation import isolated
+from pgen.isolation import isolated, whole_seed
 from pgen.problem import Data, Problem
 from pgen.protocols import Backend
 from pgen.registry import Registry
@@ -52,8 +52,10 @@ def fit(
         Refused: the backend cannot serve the program (its `refusal` names site and missing property).
         UnknownName: no such backend.
     """
-    run = run or Run()
-    seed = run.seed if seed is None else int(seed)
+    run = Run() if run is None else run
+    if not isinstance(run, Run):
+        raise OptionError(f"run is {type(run).__name__}; expected a pgen.Run, as in run=pgen.Run(steps=500)")
+    seed = whole_seed(run.seed if seed is None else seed)
     with isolated(seed, run.precision):
         problem = Problem.of(program, data, args, kwargs)
         structure, problem = _inspected(

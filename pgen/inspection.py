@@ -167,7 +167,9 @@ def _is_real(support: Any) -> bool:
 
 
 def _hint(problem: Problem, error: Exception) -> str:
-    """What to do about float64 data (NumPy's default) meeting float32 weights."""
+    """What to do about an argument that nothing filled, or float64 data (NumPy's default) meeting float32 weights."""
+    if problem.size_name not in (None, "n"):
+        return f"; its open argument {problem.size_name!r} was given the number of rows: name it in the data"
     double = [k for k, v in problem.inputs.items() if v.dtype is torch.float64]
     if not double or "dtype" not in str(error) or torch.get_default_dtype() is torch.float64:
         return ""

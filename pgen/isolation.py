@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import operator
 import random
 import secrets
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import pyro
 import torch
+
+from pgen.errors import OptionError
 
 _ONE_AT_A_TIME = threading.RLock()  # Pyro's handler stack and parameter store belong to the process
 
@@ -71,4 +75,15 @@ def _validation_restored() -> Iterator[None]:
 
 def seed_or_fresh(seed: int | None) -> int:
     """The seed given, or fresh entropy: a call without a seed differs every time, and records what it used."""
-    return secrets.randbits(63) if seed is None else int(seed)
+    return secrets.randbits(63) if seed is None else whole_seed(seed)
+
+
+def whole_seed(seed: Any) -> int:
+    """A seed as torch takes it.
+
+    Raises:
+        OptionError: it is no whole number from 0 to 2^63 - 1.
+    """
+    if isinstance(seed, bool) or not hasattr(seed, "__index__") or not 0 <= operator.index(seed) < 2**63:
+        raise OptionError(f"seed is {seed!r}; expected a whole number, 0 <= seed < 2**63, or None")
+    return operator.index(seed)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from pyro import poutine
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
 
 from pgen.errors import DataError
@@ -88,6 +89,8 @@ class Problem:
             )
         if isinstance(data, (DataLoader, Dataset)):
             return clean._with_source(data)
+        if hasattr(data, "columns") and hasattr(data, "to_numpy"):  # a data frame: its columns by name
+            data = {str(name): data[name].to_numpy() for name in data.columns}
         return clean._with_tensors(data)
 
     def _with_source(self, data: DataLoader | Dataset) -> Problem:
@@ -217,14 +220,12 @@ class Problem:
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Problem:
         """The data moved to a device, its floating-point tensors cast to a dtype."""
-
-        def move(value: Tensor) -> Tensor:
-            return value.to(
-                device=device, dtype=dtype if dtype is not None and value.is_floating_point() else None
-            )
-
-        inputs = {k: move(v) for k, v in self.inputs.items()}
-        return replace(self, inputs=inputs, observations={k: move(v) for k, v in self.observations.items()})
+        inputs = {k: _moved(v, device, dtype) for k, v in self.inputs.items()}
+        seen = {k: _moved(v, device, dtype) for k, v in self.observations.items()}
+        source = self.source
+        if source is not None:
+            source = replace(source, device=device or source.device, dtype=dtype or source.dtype)
+        return replace(self, inputs=inputs, observations=seen, source=source)
 
     @property
     def device(self) -> torch.device:
@@ -267,9 +268,22 @@ class _Rows:
 
     dataset: Any
     collate: Callable[[list[Any]], Any]
+    device: torch.device | str | None = None
+    dtype: torch.dtype | None = None
 
     def read(self, index: Tensor) -> Any:
-        return self.collate([self.dataset[i] for i in index.tolist()])
+        rows = self.collate([self.dataset[i] for i in index.tolist()])
+        if self.device is None and self.dtype is None:
+            return rows
+
+        def move(value: Any) -> Any:
+            return _moved(value, self.device, self.dtype) if isinstance(value, Tensor) else value
+
+        return tree_map(move, rows)
+
+
+def _moved(value: Tensor, device: torch.device | str | None, dtype: torch.dtype | None) -> Tensor:
+    return value.to(device=device, dtype=dtype if value.is_floating_point() else None)
 
 
 def _signature(program: Callable[..., Any]) -> inspect.Signature | None:
@@ -322,6 +336,10 @@ def _as_tensor(key: str, value: Any) -> Tensor:
         raise DataError(
             f"data {key!r} is {type(value).__name__}; expected a tensor, an array or numbers. What is not batched by rows "
             "goes into args=(...) or kwargs={...}"
+        )
+    if tensor.is_complex():
+        raise DataError(
+            f"data {key!r} is complex; expected real or whole numbers: give its parts, as torch.view_as_real does"
         )
     if tensor.numel() == 0:
         raise DataError(f"data {key!r} is empty (shape {tuple(tensor.shape)}); give at least one row")

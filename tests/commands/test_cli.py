@@ -525,7 +525,11 @@ def test_ctrl_c_keeps_what_was_learned(here):
             "        if Line.calls == 20: os.kill(os.getpid(), signal.SIGINT)",
         )
     )
-    code = "import sys; from pgen.cli import main; main(sys.argv[1:])"
+    # A shell that runs the tests in the background has them ignore the signal.
+    code = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from pgen.cli import main; main(sys.argv[1:])"
+    )
     words = [str(w) for w in ["fit", "slow.py:Line", *FIT[1:], "--steps", 100_000, "--json"]]
     environment = {
         **os.environ,

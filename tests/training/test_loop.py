@@ -142,6 +142,9 @@ def test_buffers_are_undone_with_the_parameters():
 
 @pytest.mark.parametrize("real", [False, True])
 def test_ctrl_c_keeps_what_was_learned(real):
+    # A shell that runs the tests in the background has them ignore the signal.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+
     def make(stop):
         player = mean_player(noise=0.1)
 
@@ -156,7 +159,10 @@ def test_ctrl_c_keeps_what_was_learned(real):
         return Player(player.parameters, loss)
 
     interrupted, whole = make(12), make(None)
-    history = steady(steps=1000).optimize({"p": interrupted}, problem())
+    try:
+        history = steady(steps=1000).optimize({"p": interrupted}, problem())
+    finally:
+        signal.signal(signal.SIGINT, before)
     steady(steps=12).optimize({"p": whole}, problem())
     assert (history.stopped, history.steps, len(history["loss"])) == ("interrupted", 12, 12)
     assert same(trained(interrupted), trained(whole))
