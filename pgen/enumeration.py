@@ -95,7 +95,8 @@ def enumerate_sites(
         powers: factors by which `run` scales what is inside a plate (see `ScaleRows`). Like the scale of a
             subsampled plate, they apply to what is left once the latents inside the plate are summed out.
         check: compare with runs on single values, and where the program gives other answers for many values
-            at once (as `m[z] = 1` does), take them one by one.
+            at once (as `m[z] = 1` does), take them one by one. Then too, compare with runs in which the
+            elements of a plate have different values: a program may mix them (as `z.cumsum(-1)` does).
         apart: take them one by one in any case, as an earlier call with `check` found necessary.
 
     Raises:
@@ -123,7 +124,7 @@ def enumerate_sites(
         if site is None:
             return found
     try:
-        return plan.one_by_one()
+        found = plan.one_by_one()
     except PgenError as error:
         if failure is None:
             raise
@@ -135,6 +136,16 @@ def enumerate_sites(
             "them one by one takes too many runs; index tensors by tensors (`table[z]`, "
             "`Vindex(table)[..., z]`), and choose by torch.where",
         ) from error
+    site = plan.differing(found) if check and any(found.variables.values()) else None
+    if site is not None:
+        raise refused(
+            site,
+            "a law of its own for every element of its plates",
+            f"its plate's elements are mixed: its log probability in one element of {_plates_of(site, structure)} "
+            "depends on the values that finite latents have in the others, while a plate says that its "
+            "elements are independent",
+        )
+    return found
 
 
 @dataclass(frozen=True)
@@ -205,26 +216,38 @@ class _Plan:
 
     def differing(self, found: Enumeration) -> str | None:
         """A site whose factor is not its log probability at some joint value of the latents, if any."""
-        for _ in range(_TRIALS):
-            index = self._random(found)
+        for index in self._trials(found):
             held = {name: found.values(name, i.unsqueeze(0))[0] for name, i in index.items()}
             alone = self._hold(held)
             for name, factor in found.factors.items():
-                if name in alone and not _same(*_aligned(factor, alone[name], index, found.variables)):
+                if name not in alone or not _inside(factor, found.variables):
+                    continue
+                if not _same(*_aligned(factor, alone[name], index, found.variables)):
                     # A law with a noisy log probability never gives the same number twice.
                     again = self._hold(held).get(name)
                     if again is not None and _same(again.log, alone[name].log):
                         return name
         return None
 
-    def _random(self, found: Enumeration) -> dict[str, Tensor]:
-        index = {}
+    def _trials(self, found: Enumeration) -> Iterator[dict[str, Tensor]]:
+        """Joint values: random ones, and where there are plates, elements all alike and in alternation."""
+        shapes = {}
         for name, plates in found.variables.items():
             sizes = dict(zip(found.factors[name].names, found.factors[name].log.shape))
-            shape = [sizes[plate] for plate in plates]
-            support = found.supports[name]
-            index[name] = torch.randint(len(support), shape, device=support.device)
-        return index
+            shapes[name] = torch.Size(sizes[plate] for plate in plates)
+        supports = found.supports
+        plated = any(shape.numel() > 1 for shape in shapes.values())
+        for _ in range(2 * _TRIALS if plated else _TRIALS):
+            yield {
+                name: torch.randint(len(supports[name]), shape, device=supports[name].device)
+                for name, shape in shapes.items()
+            }
+        for start, step in itertools.product((0, 1), (0, 1)) if plated else ():
+            values = {}
+            for name, shape in shapes.items():
+                place = torch.arange(shape.numel(), device=supports[name].device).reshape(shape)
+                values[name] = (start + step * place) % len(supports[name])
+            yield values
 
     def _hold(self, values: Mapping[str, Tensor]) -> Mapping[str, Factor]:
         return Reader(self.structure, self.nesting, self.powers, held=values).read(self.run).factors
@@ -254,6 +277,16 @@ def _aligned(
             at.append(value[tuple(slice(None) if plate in own else None for plate in plates)])
     found = factor.log[tuple(at)] if at else factor.log
     return found, alone.log.permute([alone.names.index(plate) for plate in plates])
+
+
+def _inside(factor: Factor, variables: Mapping[str, Sequence[str]]) -> bool:
+    """Whether a factor is inside the plates of its latents, so that an element of it is one of theirs."""
+    return all(plate in factor.names for v in factor.names for plate in variables.get(v, ()))
+
+
+def _plates_of(site: str, structure: Structure) -> str:
+    plates = structure.sites[site].plates
+    return f"plate {plates[-1]!r}" if plates else "a plate"
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

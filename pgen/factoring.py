@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+import networkx as nx
 import torch
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
@@ -187,6 +188,40 @@ def plate_name(structure: Structure, plate: str) -> str:
     """What factors call a plate: programs may open several over the rows of the data, which have one name."""
     rows, plates = structure.data_plates, structure.plates
     return rows[0] if plate in rows and plates[plate].dim == plates[rows[0]].dim else plate
+
+
+def outside_plates(
+    structure: Structure, latents: Collection[str], sites: Collection[str] | None = None
+) -> Refusal | None:
+    """Why some finite latents cannot be summed out: a site outside of their plates depends on them.
+
+    What such a site says about the elements of a plate is no product over them, so that their sum would be
+    over all joint values of the plate.
+
+    Args:
+        structure: of the program.
+        latents: to be summed out.
+        sites: to be looked at; by default all that the observed values bear upon.
+    """
+    if sites is None:
+        ends = {*structure.observed, *structure.factors}
+        sites = ends.union(*(nx.ancestors(structure.graph, end) for end in ends))
+    for site in structure:
+        if site.name not in sites:
+            continue
+        here = {plate_name(structure, plate) for plate in site.plates}
+        for name in site.parents:
+            own = structure.sites[name].plates if name in latents else ()
+            lost = [plate for plate in own if plate_name(structure, plate) not in here]
+            if lost:
+                return Refusal(
+                    name,
+                    "uses inside its plates",
+                    f"{site.name!r} depends on {name!r} and is not in plate {lost[0]!r} as {name!r} is: the sum "
+                    f"would be over all joint values of the plate; put {site.name!r} into the plate, or "
+                    f"observe {name!r}",
+                )
+    return None
 
 
 def refused(site: str | None, missing: str, why: str) -> Refused:

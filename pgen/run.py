@@ -200,7 +200,7 @@ class Run:
             steps=steps,
             seed=self.seed,
             rate=Rate(self.schedule, steps, self.warmup_steps),
-            audience=Audience([*self.observers, ProgressBar()] if self._shows_progress() else self.observers),
+            audience=Audience(self.watchers()),
             buffers=buffers,
             devices=[place],
             context=self._context(place),
@@ -212,6 +212,10 @@ class Run:
         )
         with _default_dtype(dtype):
             return training.run(self)
+
+    def watchers(self) -> tuple[Observer, ...]:
+        """All that follows the run: its observers and, where it is to be drawn, a progress bar."""
+        return (*self.observers, ProgressBar()) if self._shows_progress() else self.observers
 
     def _require_rates(self, players: Mapping[str, Player]) -> None:
         strangers = [name for name in self.lr if name not in players] if isinstance(self.lr, Mapping) else []

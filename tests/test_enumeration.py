@@ -254,6 +254,48 @@ def test_programs_that_take_one_value_at_a_time_are_run_so():
     assert enumerate_sites(problem, structure, structure.latents, apart=True).apart
 
 
+def test_a_program_that_mixes_the_elements_of_a_plate_is_refused():
+    """Neither all values at once nor one by one are its law, since elements differ in neither."""
+
+    def running():
+        with pyro.plate("k", 3):
+            z = pyro.sample("z", dist.Bernoulli(0.3))
+            pyro.sample("y", dist.Normal(z.cumsum(-1), 1.0), obs=torch.arange(3.0))
+
+    def centred(n):
+        with pyro.plate("data", n):
+            z = pyro.sample("z", dist.Bernoulli(0.3))
+            pyro.sample("y", dist.Normal(z - z.mean(), 1.0))
+
+    def neighbours():
+        with pyro.plate("k", 4):
+            z = pyro.sample("z", dist.Categorical(WEIGHTS))
+            pyro.sample("y", dist.Normal(MEANS[z.roll(1, -1)], 1.0), obs=torch.arange(4.0))
+
+    for seed in range(5):
+        for program, data in ((running, None), (centred, {"y": torch.arange(2.0)}), (neighbours, None)):
+            torch.manual_seed(seed)
+            with pytest.raises(Refused, match="site 'y' lacks .*its plate's elements are mixed"):
+                enumerated(program, data, check=True)
+
+
+def test_one_by_one_in_a_plate_is_compared_and_kept():
+    """Not written for batches either, but its elements are apart."""
+
+    def marked():
+        with pyro.plate("k", 3):
+            z = pyro.sample("z", dist.Categorical(WEIGHTS))
+            mean = torch.zeros(3, 3)
+            mean[torch.arange(3), z] = 1.0
+            pyro.sample("y", dist.Normal(mean, 1.0).to_event(1), obs=torch.eye(3))
+
+    found, _ = enumerated(marked, check=True)
+    assert found.apart
+    seen = dist.Normal(torch.eye(3)[:, None], 1.0).log_prob(torch.eye(3)).sum(-1)  # [state, element]
+    exact = (WEIGHTS.log()[:, None] + seen).logsumexp(0).sum()
+    torch.testing.assert_close(log_partition(found.graph()), exact)
+
+
 def test_one_by_one_gives_the_factors_of_all_at_once():
     structure, problem = inspect_problem(Problem.of(mixture, {"x": X}))
     together = enumerate_sites(problem, structure, ["k"], check=True)

@@ -8,7 +8,8 @@ $\log p(x \mid z) = a + b^\top T(z)$. Then
    \log p(x) = a + A(\eta + b) - A(\eta). \]
 
 Nothing has to be known about how the likelihood was written: b is read off its gradient at a few points,
-and that the likelihood is linear in T is settled at further ones. So Bernoulli, binomial, geometric and
+and that the likelihood is linear in T is settled at many more, from one tail of prior and posterior to the other:
+a likelihood with a kink or a step is linear in T on either side of it, and only points on both tell. So Bernoulli, binomial, geometric and
 negative binomial likelihoods under a beta prior need no table, nor do exposures that some network computes.
 
 Source: Diaconis and Ylvisaker 1979, "Conjugate priors for exponential families".
@@ -16,13 +17,23 @@ Source: Diaconis and Ylvisaker 1979, "Conjugate priors for exponential families"
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, distributions
 from torch.distributions import Distribution
+
+#: Probabilities whose quantiles, under prior and posterior, the likelihood is looked at: the tails first.
+_LEVELS = (0.999, 0.001, 0.997, 0.003, 0.99, 0.01, *(k / 20 for k in range(1, 20)))
+#: The same for vectors, each of whose components is taken from tail to tail, as long as the runs last.
+_VECTOR_LEVELS = (0.999, 0.001, 0.99, 0.9, 0.75, 0.5, 0.25, 0.1, 0.01)
+_VECTOR_RUNS = 48
+#: Draws that quantiles are read off, and numbers that they may amount to.
+_DRAWS, _MAX_NUMBERS = 4096, 2**22
+#: Round-off that an update's parameters may carry, in units of the last place.
+_ROUND_OFF = 1e4
 
 #: From a value of the latent, `[*batch, *event]`, to terms of any shape that add up to the log likelihood.
 LogLikelihood = Callable[[Tensor], Tensor]
@@ -222,7 +233,7 @@ def update(log_likelihood: LogLikelihood, family: Family, prior: Distribution) -
     """
     eta = family.natural(prior)
     points = [point.detach() for point in family.points(prior)]
-    slopes = [_slope(log_likelihood, point) for point in points]
+    slopes = [_look(log_likelihood, point)[1] for point in points]
     change = (_simplex_change if family.vector else _scalar_change)(family, points, slopes)
     posterior = eta + change
     gain = family.log_normalizer(posterior) - family.log_normalizer(eta)
@@ -235,11 +246,11 @@ def update(log_likelihood: LogLikelihood, family: Family, prior: Distribution) -
 def prove(
     log_likelihood: LogLikelihood, found: Conjugate, prior: Distribution, tolerance: float | None = None
 ) -> None:
-    """Settle whether a log likelihood is linear in the statistics, at independent points.
+    """Settle whether a log likelihood is linear in the statistics, at points all over prior and posterior.
 
     There, its value and its gradient must be what the update says, to `tolerance` relative to the terms
-    that they are sums of (by default 1e-6 in double precision, 2e-3 in single). Points are drawn with
-    torch's generator.
+    that they are sums of (by default 1e-6 in double precision, 2e-3 in single). The points are quantiles
+    from tail to tail, which are the same every time, and a few drawn with torch's generator.
 
     Raises:
         NotConjugate: it is not.
@@ -247,24 +258,90 @@ def prove(
     family, change = found.family, found.change.detach()
     if tolerance is None:
         tolerance = 1e-6 if change.dtype == torch.float64 else 2e-3
-    for source in (prior, found.posterior, found.posterior):
-        # Half way to the first point, draws keep away from the edges of the support, where round-off rules.
-        point = 0.5 * (source.sample().detach() + found.point)
-        slope = _slope(log_likelihood, point).detach()
+    doubt = _doubt(found, prior)
+    with torch.no_grad():
+        before, origin = found.likelihood.detach(), family.statistics(found.point)
+    for point in _probes(found, prior):
+        after, slope = (t.detach() for t in _look(log_likelihood, point))
         if family.vector:
             weighted = point * slope
             # Along the simplex only: the component normal to it is not the likelihood's to choose.
             lift = (change - weighted).sum(-1, keepdim=True)
             gap, size = (weighted + lift * point - change).abs(), weighted.abs() + change.abs()
+            slack = doubt
         else:
-            terms = change * _derivative(family, point)
+            derivative = _derivative(family, point)
+            terms = change * derivative
             gap, size = (slope - terms.sum(-1)).abs(), terms.abs().sum(-1)
-        _require(gap, size, tolerance, "gradient")
-        with torch.no_grad():
-            moved = change * (family.statistics(point) - family.statistics(found.point))
-            before, after = found.likelihood.detach(), log_likelihood(point)
-            gap = (after.sum() - before.sum() - moved.sum()).abs()
-            _require(gap, moved.abs().sum() + before.abs().sum(), tolerance, "value")
+            slack = (doubt * derivative.abs()).sum(-1)
+        _require(gap, size + slack / tolerance, tolerance, "gradient")
+        step = family.statistics(point) - origin
+        gap = (after.sum() - before.sum() - (change * step).sum()).abs()
+        size = (change * step).abs().sum() + before.abs().sum()
+        _require(gap, size + (doubt * step.abs()).sum() / tolerance, tolerance, "value")
+
+
+def _doubt(found: Conjugate, prior: Distribution) -> Tensor:
+    """How far round-off may have moved each change, `[*batch, S]`: far out, little becomes much."""
+    family, change = found.family, found.change.detach()
+    unit = _ROUND_OFF * torch.finfo(change.dtype).eps
+    if family.vector:
+        return unit * change.abs().amax(-1, keepdim=True)
+    derivatives = torch.stack([_derivative(family, point.detach()) for point in family.points(prior)])
+    slope = (change * derivatives).abs().sum(-1, keepdim=True).amax(0)
+    return unit * slope / derivatives.abs().amax(0)
+
+
+@torch.no_grad()
+def _probes(found: Conjugate, prior: Distribution) -> Iterator[Tensor]:
+    """Values of the latent all over the mass of prior and posterior."""
+    for source in (prior, found.posterior, found.posterior):
+        # Half way to the first point, draws keep away from the edges of the support, where round-off rules.
+        yield 0.5 * (source.sample().detach() + found.point)
+    spread = _vector_quantiles if found.family.vector else _quantiles
+    for source in (prior, found.posterior):
+        count = max(64, min(_DRAWS, _MAX_NUMBERS // max(1, found.point.numel())))
+        device = found.point.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(0)
+            draws = source.sample(torch.Size([count])).detach()
+        yield from spread(_inside(found.family, draws))
+
+
+def _inside(family: Family, value: Tensor) -> Tensor:
+    """Values kept from the edges of the support, as far as round-off rules there."""
+    info = torch.finfo(value.dtype)
+    edge, support = info.eps**0.4, family.posterior.support
+    if family.vector:
+        value = value.clamp_min(edge)
+        return value / value.sum(-1, keepdim=True)
+    if support is distributions.constraints.unit_interval:
+        return value.clamp(edge, 1 - edge)
+    return (
+        value if support is distributions.constraints.real else value.clamp(info.tiny**0.5, info.tiny**-0.5)
+    )
+
+
+def _quantiles(draws: Tensor) -> Iterator[Tensor]:
+    """Quantiles of every element; all elements at the same level at a time, then at different ones."""
+    table = draws.sort(0).values
+    levels = torch.tensor(_LEVELS, dtype=torch.float64)
+    points = table[(levels * (len(draws) - 1)).round().long().to(draws.device)]
+    yield from points
+    elements = draws[0].numel()
+    if elements > 1:
+        flat, column = points.reshape(len(points), elements), torch.arange(elements, device=draws.device)
+        for k in range(len(points)):
+            yield flat[(k + 7 * column) % len(points), column].reshape(draws.shape[1:])
+
+
+def _vector_quantiles(draws: Tensor) -> Iterator[Tensor]:
+    """Draws in which one component after the other is at one of its quantiles."""
+    pairs = [(level, component) for level in _VECTOR_LEVELS for component in range(draws.shape[-1])]
+    for level, component in pairs[:_VECTOR_RUNS]:
+        rank = draws[..., component].argsort(0)[round(level * (len(draws) - 1))]
+        yield draws.gather(0, rank[None, ..., None].expand(1, *draws.shape[1:]))[0]
+    yield from draws[:8]
 
 
 def _require(gap: Tensor, size: Tensor, tolerance: float, what: str) -> None:
@@ -277,17 +354,18 @@ def _require(gap: Tensor, size: Tensor, tolerance: float, what: str) -> None:
         )
 
 
-def _slope(log_likelihood: LogLikelihood, point: Tensor) -> Tensor:
-    """Gradient of the log likelihood, with a graph of its own where gradients are wanted."""
+def _look(log_likelihood: LogLikelihood, point: Tensor) -> tuple[Tensor, Tensor]:
+    """Terms of the log likelihood and its gradient, with a graph of its own where gradients are wanted."""
     wanted = torch.is_grad_enabled()
     with torch.enable_grad():
         at = point.detach().requires_grad_()
-        total = log_likelihood(at).sum()
-        if not total.requires_grad:
-            return torch.zeros_like(point)
-        return torch.autograd.grad(total, at, create_graph=wanted, materialize_grads=True, allow_unused=True)[
-            0
-        ]
+        terms = log_likelihood(at)
+        if not terms.requires_grad:
+            return terms, torch.zeros_like(point)
+        slope = torch.autograd.grad(
+            terms.sum(), at, create_graph=wanted, materialize_grads=True, allow_unused=True
+        )
+        return terms, slope[0]
 
 
 def _derivative(family: Family, point: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ approximation is the truth. With $\Lambda = -\nabla^2 f$ and mean $m = \Lambda^{
 
 So nothing has to be known about how the density was written: linear regression, factor analysis, trees,
 Kalman chains and hierarchies of groups are all the same to it. Whether f is quadratic is settled by
-comparing its gradient with the straight line that it would have to be, far from where it was expanded.
+comparing its value with the parabola and its gradient with the straight line that they would have to be, near
+and far from where it was expanded.
 
 Latents come in two kinds: **outer** ones `[G]`, and **inner** ones `[B, Q]`, whose B blocks meet each other
 only through the outer ones. The precision is then an arrow, and its Cholesky factor costs $B (Q + G)^3$ at
@@ -20,6 +21,7 @@ Source: Tierney and Kadane 1986 for the expansion; Curtis, Powell and Reid 1974,
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,6 +31,10 @@ from torch import Tensor
 
 #: From outer latents [G] and inner ones [B, Q] to the log density: terms [B] of the blocks, and the rest.
 LogJoint = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+#: Posterior standard deviations from the mean at which a density is looked at, as far as a wide prior reaches.
+_SPREADS = (0.3, 1.0, 2.0, 3.0, 4.0, 6.0, 10.0, 30.0, 100.0, 1000.0)
 
 
 class NotQuadratic(ValueError):
@@ -137,9 +143,10 @@ def gaussian(log_joint: LogJoint, shape: Shape, like: Tensor) -> Gaussian:
 def prove(log_joint: LogJoint, found: Gaussian, *, tolerance: float | None = None, points: int = 2) -> None:
     r"""Settle whether a log density is the Gaussian that its expansion says.
 
-    At random points z, up to ten posterior standard deviations out, the gradient must be $-\Lambda (z -
-    m)$: relative to its largest element, to `tolerance` (by default 1e-6 in double precision, 2e-3 in
-    single). Points are drawn with torch's generator.
+    At random points z and their mirror images, from a third of a posterior standard deviation to a thousand
+    out, the gradient must be $-\Lambda (z - m)$, relative to its largest element, and the value must have
+    fallen by $\tfrac12 (z - m)^\top \Lambda (z - m)$, to `tolerance` (by default 1e-6 in double precision,
+    2e-3 in single). Points are drawn with torch's generator.
 
     Raises:
         NotQuadratic: it is not.
@@ -147,11 +154,14 @@ def prove(log_joint: LogJoint, found: Gaussian, *, tolerance: float | None = Non
     if tolerance is None:
         tolerance = 1e-6 if found.inner.dtype == torch.float64 else 2e-3
     outer_precision, coupling, inner_precision = _precision(found)
-    for spread in (1.0, 4.0, 10.0):
+    with torch.no_grad():
+        blocks, rest = log_joint(found.outer.detach(), found.inner.detach())
+        top, height = blocks.sum() + rest, blocks.abs().sum() + rest.abs()
+    for spread in _SPREADS:
         draws_outer, draws_inner = found.sample(points)
-        for k in range(points):
-            outer = (found.outer + spread * (draws_outer[k] - found.outer)).detach().requires_grad_()
-            inner = (found.inner + spread * (draws_inner[k] - found.inner)).detach().requires_grad_()
+        for k, sign in itertools.product(range(points), (spread, -spread)):
+            outer = (found.outer + sign * (draws_outer[k] - found.outer)).detach().requires_grad_()
+            inner = (found.inner + sign * (draws_inner[k] - found.inner)).detach().requires_grad_()
             with torch.enable_grad():
                 blocks, rest = log_joint(outer, inner)
                 gradients = _gradient(blocks.sum() + rest, outer, inner)
@@ -170,6 +180,13 @@ def prove(log_joint: LogJoint, found: Gaussian, *, tolerance: float | None = Non
                         f"{spread:g} standard deviations from its mean, the gradient of the log density "
                         f"differs from a straight line by {float(gap / scale):.1e} of its size"
                     )
+            fall = 0.5 * ((out * expected[0]).sum() + (inn * expected[1]).sum())
+            gap, scale = (blocks.sum() + rest - top - fall).detach().abs(), fall.abs() + height
+            if not gap <= tolerance * scale:
+                raise NotQuadratic(
+                    f"{spread:g} standard deviations from its mean, the log density differs from a parabola "
+                    f"by {float(gap / scale):.1e} of its size"
+                )
 
 
 def _gradient(total: Tensor, outer: Tensor, inner: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,8 @@ beside it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,22 @@ def demo(out: Path, seed: int = 0, effort: float = 1.0, as_json: bool = False) -
         CheckpointError: the folder cannot be made.
         DataError: scikit-learn, which brings the digits, is not installed.
     """
+    with _one_thread():
+        return _demo(out, seed, effort, as_json)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """These tensors are too small to share: on a busy machine, threads that wait for each other cost most of the time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _demo(out: Path, seed: int, effort: float, as_json: bool) -> Comparison:
     start = time.perf_counter()
     _make(out)
     data = digits()

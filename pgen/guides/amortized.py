@@ -102,18 +102,20 @@ class Amortized(nn.Module):
         sizes = {name: coder.outputs for name, coder in coders.items()}
         self.laws = nn.ModuleDict()
         for name in plan.inverse.order:
-            is_free, site = name in plan.free, structure.sites[name]
+            is_free, site, initial = name in plan.free, structure.sites[name], None
             if name in plan.codes:
                 own = _globals_family(globals_family, family, plan.codes[name].numel) if is_free else family
                 start = initial_scale * (0.1 if is_free else 1.0)
                 head = Continuous(site, plan.codes[name], own, start, rank)
-                head.standardise(*(global_unit(*plan.moments[name]) if is_free else plan.moments[name]))
+                head.standardise(*plan.moments[name])
+                if is_free:
+                    initial = head.spread(*global_unit(*plan.by_element(name)))
             else:
                 head = Discrete(site)
             sources = plan.sources(name, sizes)
             widths = None if is_free else hidden
             self.laws[_key(name)] = Conditional(
-                name, head, sources, *plan.folded(name, sources), plan.layout, widths
+                name, head, sources, *plan.folded(name, sources), plan.layout, widths, initial
             )
 
     @staticmethod

@@ -17,7 +17,7 @@ from pgen.distributions.quiet import zuko
 from pgen.errors import OptionError, ProgramError
 from pgen.guides.evidence import Probe, Reader, Slot
 from pgen.guides.families import GAIN, Continuous, joint_flow, lower_triangle, require_cholesky
-from pgen.guides.features import Unconstrain, matrix, require_latents, robust_centre
+from pgen.guides.features import Unconstrain, require_latents
 from pgen.guides.gather import require_sizes, stack_out
 from pgen.guides.layout import Layout, Plates
 from pgen.guides.plan import global_unit
@@ -45,7 +45,8 @@ class Automatic(nn.Module):
     - `"flow"`: a neural spline flow with coupling layers.
 
     The last three draw $v$ at the auxiliary site `_joint`, and each latent at a `Delta` that carries the
-    Jacobian. All parameters exist from the start. Every latent starts near the median of its prior.
+    Jacobian. All parameters exist from the start. Every element of every latent starts near the
+    median of its prior.
 
     Make one with `Automatic.of`, call it as an `Amortized`: `guide(*guide.read(problem))`.
 
@@ -95,18 +96,20 @@ class Automatic(nn.Module):
         pieces = {n: _Piece(n, codes[n], layout) for n in self.sites}
         self.pieces = pieces
         total = sum(piece.numel for piece in pieces.values())
-        units = {n: global_unit(*robust_centre(matrix(codes[n].flat(probe.draws[n]), 1))) for n in self.sites}
+        units = {
+            n: global_unit(*layout.by_element(codes[n].flat(probe.laws[n]), pieces[n].plates))
+            for n in self.sites
+        }
         self.heads = nn.ModuleList()
         self.outputs = nn.ParameterList()
         self.joint: _Joint | None = None
         if kind == "mean-field" or not self.sites:
             for name in self.sites:
                 head = Continuous(structure.sites[name], codes[name], "normal", initial_scale, 1)
-                head.standardise(*units[name])
                 self.heads.append(head)
-                self.outputs.append(nn.Parameter(head.initial().repeat(pieces[name].copies) / GAIN))
+                self.outputs.append(nn.Parameter(head.spread(*units[name]) / GAIN))
         else:
-            centre = [torch.cat([units[n][i].repeat(pieces[n].copies) for n in self.sites]) for i in (0, 1)]
+            centre = [torch.cat([units[n][i].flatten() for n in self.sites]) for i in (0, 1)]
             self.joint = _Joint(kind, total, centre, initial_scale, rank or max(1, round(total**0.5)))
         first = () if self.joint is None else (JOINT,)
         self.order = (*first, *self.sites)

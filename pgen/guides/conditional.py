@@ -29,6 +29,7 @@ class Conditional(nn.Module):
         positional: plates along which inputs are laid side by side rather than pooled.
         layout: sizes and dimensions of the plates.
         hidden: widths of the network; None for a linear map of the inputs that moves the location only.
+        initial: outputs of all folded elements to start from; None: those of the family.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Conditional(nn.Module):
         positional: Collection[str],
         layout: Layout,
         hidden: Sequence[int] | None,
+        initial: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.name = name
@@ -53,7 +55,10 @@ class Conditional(nn.Module):
         fixed = {*self.folded, *(plate for plate, _ in self.gather.steps if plate in positional)}
         self.sizes = {p: sizes[p] for p in fixed}
         self.copies = torch.Size(sizes[p] for p in self.folded).numel()
-        inputs, initial = self.gather.outputs, head.initial().repeat(self.copies)
+        inputs, initial = (
+            self.gather.outputs,
+            head.initial().repeat(self.copies) if initial is None else initial,
+        )
         self.net: nn.Module | None = None
         self.bias: nn.Parameter | None = None
         if inputs and hidden is not None:

@@ -17,6 +17,8 @@ from pgen.structure import Structure
 _STATISTICS_ROWS = 2048  # rows that means and standard deviations are taken from
 _PRIOR_ROWS = 64
 _PRIOR_RUNS = 16
+_LAW_DRAWS = 64  # from the law of a latent in each of them
+_LAW_NUMBERS = 200_000  # at most in those
 
 INPUT = "input:"
 """Prefix of the names of arguments among the observed values."""
@@ -128,12 +130,14 @@ class Probe:
     Attributes:
         seen: observed values and plates of up to 2,048 rows.
         draws: for each latent, values [runs, *batch, *event] of runs of the program as it starts out.
+        laws: for each continuous latent, more values [n, *batch, *event], from its laws in those runs.
         positional: plates whose elements have laws of their own (pixels, time steps), so that position
             matters.
     """
 
     seen: Seen
     draws: Mapping[str, Tensor]
+    laws: Mapping[str, Tensor]
     positional: frozenset[str]
 
     @staticmethod
@@ -152,7 +156,23 @@ class Probe:
             draws = {
                 name: torch.stack([t.nodes[name]["value"] for t in traces]) for name in structure.latents
             }
-            return Probe(seen, draws, positional_plates(rows_of(problem, 3), structure))
+            laws = {
+                name: torch.cat([_from_law(t.nodes[name]) for t in traces])
+                for name in structure.latents
+                if not structure.sites[name].discrete
+            }
+            return Probe(seen, draws, laws, positional_plates(rows_of(problem, 3), structure))
+
+
+def _from_law(node: Any) -> Tensor:
+    """Draws [n, *batch, *event] from the law of a site in one run; of a law that draws no more, the value."""
+    value = node["value"]
+    count = max(1, min(_LAW_DRAWS, _LAW_NUMBERS // max(1, value.numel())))
+    try:
+        drawn = node["fn"].sample(torch.Size((count,)))
+    except (NotImplementedError, RuntimeError, TypeError, ValueError):
+        return value.unsqueeze(0)
+    return drawn if drawn.shape[1:] == value.shape else value.unsqueeze(0)
 
 
 def positional_plates(problem: Problem, structure: Structure) -> frozenset[str]:

@@ -67,6 +67,14 @@ class Continuous(nn.Module):
         self.register_buffer("scale", torch.ones(numel))
         self.flow = conditional_flow(numel, _CONTEXT) if self.family == "flow" else None
 
+    def spread(self, loc: Tensor, scale: Tensor) -> Tensor:
+        """Outputs [copies * size] to start from: each of several copies at a centre [copies, K] of its own."""
+        self.standardise(loc.mean(0), scale.mean(0))
+        outputs = self.initial().repeat(len(loc), 1)
+        offset = (loc - self.loc) / self.scale
+        outputs[:, : self.numel] += torch.where(offset.isfinite(), offset, 0.0)
+        return outputs.flatten()
+
     def initial(self) -> Tensor:
         """Outputs to start from: the prior's centre; a small factor, whose gradient vanishes at zero."""
         outputs = torch.zeros(self.size)

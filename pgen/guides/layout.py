@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -10,6 +10,7 @@ import pyro
 from torch import Tensor
 
 from pgen.guides.evidence import INPUT, Probe, Seen, Slot
+from pgen.guides.features import matrix, robust_centre
 from pgen.structure import Structure
 
 
@@ -80,6 +81,27 @@ class Layout:
     def now(self, plates: Mapping[str, tuple]) -> dict[str, Slot]:
         """All plates, those given as they are now."""
         return {**self.slots, **{name: Slot(*plate) for name, plate in plates.items()}}
+
+    def by_element(self, flat: Tensor, plates: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Centre and unit [copies, K] of draws [n, *batch, K], for each element of some plates in turn.
+
+        The elements of plates over rows, and of those that the draws do not have in full, are taken together.
+        """
+        apart = [
+            p
+            for p in plates
+            if p not in self.rows
+            and flat.ndim > -self.slots[p].dim + 1
+            and flat.shape[self.slots[p].dim - 1] == self.slots[p].size
+        ]
+        axes = [self.slots[p].dim - 1 for p in apart]
+        draws = flat.movedim(axes, list(range(-len(axes) - 1, -1))) if axes else flat
+        shape = [self.slots[p].size if p in apart else 1 for p in plates]
+        whole = [self.slots[p].size for p in plates]
+        found = robust_centre(matrix(draws, len(axes) + 1))
+        loc, scale = (v.reshape(*shape, flat.shape[-1]) for v in found)
+        loc, scale = (v.expand(*whole, -1).reshape(-1, flat.shape[-1]) for v in (loc, scale))
+        return loc, scale
 
     def place(self, name: str, value: Tensor, slots: Mapping[str, Slot]) -> Tensor:
         """An argument with its leading dimensions where its plates are."""

@@ -67,6 +67,12 @@ class Plan:
         inverse = _inverted(structure, arguments, latents, free, layout, order)
         return Plan(structure, probe, layout, _linked(inverse, free, layout, codes), free, codes, moments)
 
+    def by_element(self, name: str) -> tuple[Tensor, Tensor]:
+        """Centre and unit [copies, K] of the prior of a latent with free parameters, for each of its elements."""
+        slots = self.layout.slots
+        plates = sorted(self.layout.plates[name], key=lambda p: slots[p].dim)
+        return self.layout.by_element(self.codes[name].flat(self.probe.laws[name]), plates)
+
     def reads_residual(self, name: str, parent: str) -> bool:
         """Whether a latent reads the noise behind a parent in place of its value."""
         return name in self.free and parent in self.codes

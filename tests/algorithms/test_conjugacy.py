@@ -146,6 +146,93 @@ def test_what_is_not_conjugate_is_refused(prior: d.Distribution, log_likelihood)
         attempt()
 
 
+BENT = {
+    "step of a probability": (
+        d.Beta(one(1.0), one(1.0)),
+        lambda z: d.Bernoulli(bent(z, 0.7, 0.9, 0.1)).log_prob(HITS),
+    ),
+    "probability with a ceiling": (
+        d.Beta(one(2.0), one(3.0)),
+        lambda z: d.Bernoulli(z.clamp(max=0.65)).log_prob(HITS),
+    ),
+    "probability with floor and ceiling": (
+        d.Beta(one(2.0), one(3.0)),
+        lambda z: d.Bernoulli(z.clamp(0.1, 0.9)).log_prob(HITS),
+    ),
+    "step of a rate": (
+        d.Gamma(one(2.0), one(0.5)),
+        lambda z: d.Poisson(bent(z, 8.0, 20.0, 1.0)).log_prob(COUNTS),
+    ),
+    "rate with a ceiling": (
+        d.Gamma(one(2.0), one(1.0)),
+        lambda z: d.Poisson(z.clamp(max=4)).log_prob(double(1, 2, 0)),
+    ),
+    "step of a location": (
+        d.LogNormal(one(0.0), one(1.0)),
+        lambda z: d.Normal(bent(z, 3.0, 5.0, 0.0), one(1.0)).log_prob(REALS),
+    ),
+    "one component of a vector": (
+        d.Dirichlet(double(1, 1, 1)),
+        lambda z: d.Categorical(torch.where(z > 0.75, 3 * z, z)).log_prob(K([0, 1, 0, 2])),
+    ),
+    "step in one of many rows": (
+        d.Beta(torch.ones(4).double(), torch.ones(4).double()),
+        lambda z: d.Binomial(10, bent(z, 0.7, 0.9, 0.1)).log_prob(double(1, 9, 3, 4)),
+    ),
+    "a step that costs nothing below": (
+        d.Gamma(one(2.0), one(1.0)),
+        lambda z: d.Poisson(z).log_prob(COUNTS) + bent(z, 12.0, 3.0, 0.0),
+    ),
+}
+
+
+def bent(z: Tensor, edge: float, above: float, below: float) -> Tensor:
+    return torch.where(z > edge, one(above), one(below))
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("case", BENT)
+def test_what_is_conjugate_in_a_part_of_the_support_only_is_refused(case: str, seed: int) -> None:
+    prior, log_likelihood = BENT[case]
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        found = update(log_likelihood, FAMILIES[type(prior).__name__], prior)
+    with pytest.raises(NotConjugate):
+        prove(log_likelihood, found, prior)
+
+
+@pytest.mark.parametrize("concentration", [0.01, 0.3, 1.0, 1e3])
+def test_the_proof_outlasts_round_off_in_the_tails(concentration: float) -> None:
+    a, few = one(concentration), double(0, 0, 0)
+    nine, lopsided = torch.full((9,), concentration).double(), torch.repeat_interleave(K([0, 4]), 50)
+    for prior, log_likelihood in (
+        (d.Beta(a, a), lambda z: d.Bernoulli(z).log_prob(few)),
+        (d.Beta(a, one(1.0)), lambda z: d.Geometric(z).log_prob(COUNTS)),
+        (d.Gamma(a, one(1e-3)), lambda z: d.Poisson(z * 3).log_prob(few)),
+        (d.Gamma(a, one(1e3)), lambda z: d.Normal(one(0.1), z.rsqrt()).log_prob(REALS)),
+        (d.InverseGamma(a, one(1.0)), lambda z: d.Normal(one(0.1), z.sqrt()).log_prob(REALS)),
+        (
+            d.LogNormal(one(0.0), a.clamp(max=30)),
+            lambda z: d.LogNormal(z.log(), one(1.0)).log_prob(REALS.exp()),
+        ),
+        (d.Dirichlet(nine), lambda z: d.Categorical(z).log_prob(lopsided)),
+    ):
+        found = update(log_likelihood, FAMILIES[type(prior).__name__], prior)
+        prove(log_likelihood, found, prior)
+
+
+def test_the_proof_leaves_the_generator_as_a_few_draws_do() -> None:
+    prior, log_likelihood, _ = CASES["gamma, Poisson"]
+    found = update(log_likelihood, FAMILIES["Gamma"], prior)
+    torch.manual_seed(0)
+    for source in (prior, found.posterior, found.posterior):
+        source.sample()
+    after = torch.rand(())
+    torch.manual_seed(0)
+    prove(log_likelihood, found, prior)
+    assert torch.rand(()) == after
+
+
 def test_single_precision_is_proved_to_its_own_accuracy() -> None:
     prior = d.Dirichlet(torch.ones(20))
     data = torch.randint(20, (500,))

@@ -153,6 +153,25 @@ def test_what_is_not_quadratic_is_refused(bend) -> None:
         prove(log_joint, found)
 
 
+@pytest.mark.parametrize("edge", [1.0, 3.0, -3.0])
+def test_a_step_that_leaves_every_gradient_as_it_was_is_refused(edge: float) -> None:
+    def log_joint(outer: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        return -(z**2).sum(-1) / 2 - 12.5 * (z > edge).to(z).sum(-1), LIKE
+
+    found = gaussian(log_joint, Shape(0, 3, 1), LIKE)
+    with pytest.raises(NotQuadratic, match="differs from a parabola"):
+        prove(log_joint, found)
+
+
+def test_a_bend_where_only_a_wide_prior_reaches_is_refused() -> None:
+    def log_joint(outer: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        return -(z**2).sum(-1) / 2 - 1e4 * (1.0 - z.clamp(max=3.0)).square().sum(-1) / 2, LIKE
+
+    found = gaussian(log_joint, Shape(0, 1, 1), LIKE)
+    with pytest.raises(NotQuadratic):
+        prove(log_joint, found)
+
+
 def test_a_density_that_does_not_fall_off_is_refused() -> None:
     with pytest.raises(NotQuadratic, match="does not fall off along an inner latent"):
         gaussian(lambda outer, z: (z.sum(-1), LIKE), Shape(0, 1, 1), LIKE)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import pgen
-from pgen.backends.variational import Variational
+from pgen.backends.variational import OtherDataWarning, Variational
 from pgen.capability import Exactness, Query
 from pgen.errors import DataError, OptionError, ProgramError, Refused, Unanswerable
 
@@ -785,3 +785,33 @@ def test_no_warnings_by_the_way(x):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fitted(linear, {"x": x}, steps=3)
+
+
+# --- data other than those fitted ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("guide", ["auto", "full-rank"])
+def test_a_guide_that_reads_no_data_says_so_about_other_data(guide):
+    data = {"x": torch.randn(20)}
+    fit = fitted(gaussian_mean, data, guide=guide)
+    for same in (None, {"x": data["x"].clone()}):
+        assert fit.posterior(same, n=4, seed=0)["mu"].shape == (4,)
+    with pytest.warns(OtherDataWarning, match="'mu' reads no data.*fit again"):
+        fit.posterior({"x": torch.randn(20) + 5}, n=4)
+    with pytest.warns(OtherDataWarning, match="marginals"):
+        fit.marginals({"x": torch.randn(20) + 5})
+    assert fit.log_prob({"x": torch.randn(20)}).exactness is Exactness.LOWER_BOUND
+    assert "that of the fitted data" in fit.offer.why
+
+
+def test_guides_that_read_the_data_answer_about_any_without_a_word(x):
+    fitted(linear, {"x": x}).posterior({"x": x + 1}, n=2)
+    fitted(gaussian_mean, {"x": x[:, :1].reshape(-1)}, objective="forward-kl", simulations=8).posterior(
+        {"x": torch.randn(len(x))}, n=2
+    )
+
+
+@pytest.mark.parametrize("guide", ["mean-field", "full-rank", "low-rank", "flow"])
+def test_a_guide_that_reads_no_data_cannot_learn_from_simulations(guide):
+    with pytest.raises(Refused, match="guide='amortized'"):
+        fitted(gaussian_mean, {"x": torch.randn(5)}, objective="forward-kl", guide=guide)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from pyro import poutine
 
+import pgen
 from pgen.errors import DataError, OptionError, ProgramError
 from pgen.guides import Automatic
 from pgen.guides.automatic import JOINT, KINDS
@@ -224,3 +225,22 @@ def test_what_it_cannot_cover_is_refused_by_name():
     problem = Problem.of(wide, torch.randn(4))
     with pytest.raises(OptionError, match="guide='full-rank'.*2001 x 2001"):
         Automatic.of(problem, structure_of(problem), "full-rank")
+
+
+@pytest.mark.parametrize("guide", ["amortized", "mean-field", "full-rank", "low-rank", "flow"])
+def test_every_element_starts_at_its_own_place_in_the_prior(guide):
+    grid = torch.arange(24.0).reshape(2, 3, 1, 4)
+
+    def model(x):
+        with pyro.plate("a", 2, dim=-3), pyro.plate("b", 3, dim=-2):
+            pyro.sample("mu", dist.Normal(grid, 1.0).to_event(1))
+        scale = pyro.sample("scale", dist.LogNormal(torch.tensor([0.0, 3.0]), 0.5).to_event(1))
+        with pyro.plate("rows", len(x), dim=-1):
+            pyro.sample("x", dist.Normal(0.0, scale.sum(-1)), obs=x)
+
+    backend = pgen.backend("variational", guide=guide)
+    fit = pgen.fit(model, {"x": torch.randn(5)}, backend, run=pgen.Run(steps=0, progress=False))
+    draws = fit.posterior(n=400, seed=0)
+    torch.testing.assert_close(draws["mu"].mean(0), grid, atol=0.4, rtol=0)
+    median = draws["scale"].log().median(0).values
+    torch.testing.assert_close(median, torch.tensor([0.0, 3.0]), atol=0.2, rtol=0)

@@ -8,6 +8,7 @@ finite.py     groups of finite latents, by variable elimination
 gaussian.py   groups of Gaussian latents, by an expansion that proves itself
 conjugate.py  a latent with a conjugate prior, by an update that proves itself
 laws.py       marginals as Pyro distributions
+climb.py      to the maximum, by L-BFGS or as the run says
 mode.py       the most probable values instead of an integral
 """
 

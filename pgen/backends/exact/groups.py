@@ -12,7 +12,7 @@ from torch.distributions import constraints
 from pgen.algorithms.conjugacy import FAMILIES
 from pgen.algorithms.factor_graph import Intractable, plan_scopes
 from pgen.capability import Refusal
-from pgen.factoring import plate_name
+from pgen.factoring import outside_plates, plate_name
 from pgen.structure import Site, Structure, describe_leak
 
 Method = Literal["finite", "gaussian", "conjugate"]
@@ -78,6 +78,7 @@ def predicted(structure: Structure, given: Collection[str]) -> frozenset[str]:
             kind is not None
             and kind != "conjugate"
             and all(_kind(structure.sites[p]) == kind for p in parents)
+            and (kind != "finite" or outside_plates(structure, parents, (name,)) is None)
         ):
             found.add(name)
     return frozenset(found)
@@ -132,7 +133,7 @@ def _is_real(site: Site) -> bool:
 def _method(structure: Structure, latents: tuple[str, ...], sites: frozenset[str]) -> Method | Refusal:
     kinds = {name: _kind(structure.sites[name]) for name in latents}
     if set(kinds.values()) == {"finite"}:
-        lost = _followed(structure, latents)
+        lost = _followed(structure, latents) or outside_plates(structure, latents, sites)
         return "finite" if lost is None else lost
     odd = next(name for name in latents if kinds[name] != "finite")
     if "finite" in kinds.values():

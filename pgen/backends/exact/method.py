@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pgen.algorithms.factor_graph import MAX_TABLE
 from pgen.backends.exact.answers import Integrated
+from pgen.backends.exact.climb import maximise
 from pgen.backends.exact.groups import Group, evidenced, groups_of, is_tied
 from pgen.backends.exact.mode import Mode, examine_mode, fit_mode
 from pgen.backends.exact.solution import Solution
@@ -36,6 +37,9 @@ class Exact:
     - finite: mixtures, hidden Markov models, Bayesian networks, summed by variable elimination;
     - jointly Gaussian: factor analysis, linear regression, Kalman chains, hierarchies;
     - conjugate: one latent each (beta, gamma, Dirichlet, ...).
+
+    Where the run leaves it open how to learn, a small problem is taken to its maximum by L-BFGS on all rows;
+    others, and runs that say how, take steps as `Run` has it.
 
     That a group is Gaussian or conjugate is settled by numbers when the program is fitted, before and
     after: a program that only looks so is refused.
@@ -127,7 +131,7 @@ class Exact:
         # Rows that share a latent have one evidence, which no batch of them can estimate.
         learned = problem.whole() if is_tied(structure) else problem
         player = Player(parameters.tensors, loss)
-        answers.history = run.optimize({"program": player}, learned, buffers=parameters.buffers)
+        answers.history = maximise(player, learned, structure, run, parameters.buffers)
         if parameters.tensors:
             answers.prove()
         return answers

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import biject_to
 
+from pgen.backends.exact.climb import Climb, maximise
 from pgen.backends.exact.finite import FinitePart
 from pgen.backends.exact.groups import evidenced, groups_of
 from pgen.capability import Exactness, Offer, Query, Rank, Refusal
@@ -25,7 +26,6 @@ from pgen.run import Player, Run, Step
 from pgen.sampling import draw
 from pgen.structure import Structure
 
-_ITERATIONS = 500  # of L-BFGS, when asked
 _DRAWS = 9  # from the prior, to begin at their median
 
 
@@ -95,10 +95,12 @@ def fit_mode(
 
     if parameters.tensors:
         player = Player({**parameters.tensors, **{f"mode of {k}": v for k, v in points.items()}}, loss)
-        fitted.history = run.optimize({"program": player}, problem.whole(), buffers=parameters.buffers)
+        fitted.history = maximise(player, problem.whole(), structure, run, parameters.buffers)
     with parameters.installed(), torch.enable_grad():
         if points:
-            _climb(lambda: _log_joint(problem, structure, points, max_table), points)
+            Climb(
+                lambda: -_log_joint(problem, structure, points, max_table) / count, list(points.values())
+            ).go()
         with torch.no_grad():
             nodes: Any = poutine.trace(At(points)(problem)).get_trace().nodes
     parameters.tensors |= {name: nodes[name]["value"].detach() for name in points}
@@ -135,18 +137,3 @@ def _log_joint(
     part = FinitePart.of(run, structure, groups, None, max_table)
     rest = [f.log.sum() for name, f in part.enumeration.factors.items() if name in counted - part.sites]
     return part.evidence() + sum(rest)
-
-
-def _climb(log_joint: Callable[[], Tensor], points: Mapping[str, Tensor]) -> None:
-    tensors = list(points.values())
-    optimizer = torch.optim.LBFGS(
-        tensors, max_iter=_ITERATIONS, line_search_fn="strong_wolfe", tolerance_change=1e-12
-    )
-
-    def closure() -> Tensor:
-        loss = -log_joint()
-        for tensor, gradient in zip(tensors, torch.autograd.grad(loss, tensors)):
-            tensor.grad = gradient
-        return loss
-
-    optimizer.step(closure)

@@ -13,6 +13,7 @@ draws.py       draws and marginals, shaped as the program shapes them
 mixture.py     laws of marginals
 """
 
+from pgen.backends.variational.answers import OtherDataWarning
 from pgen.backends.variational.method import Variational, pgen_backends
 
-__all__ = ["Variational", "pgen_backends"]
+__all__ = ["OtherDataWarning", "Variational", "pgen_backends"]

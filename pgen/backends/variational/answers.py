@@ -31,8 +31,17 @@ from pgen.structure import Structure
 _PROPOSALS = 500  # at least so many draws per row where they are resampled
 
 
+class OtherDataWarning(UserWarning):
+    """The posterior of some latents is that of the fitted data, although other data are asked about."""
+
+
 class Posterior:
-    """The learned tensors of a program and its guide, and the queries they answer."""
+    """The learned tensors of a program and its guide, and the queries they answer.
+
+    A guide of latents that all rows share reads no data (but under `objective="forward-kl"`): asked about other
+    data than the fitted ones, their posterior stays as it is, and the latents of new rows are given that. An
+    `OtherDataWarning` says so.
+    """
 
     def __init__(
         self,
@@ -111,9 +120,14 @@ class Posterior:
     # --- posterior ----------------------------------------------------------------------------------------
 
     def posterior(self, problem: Problem, structure: Structure, n: int) -> Draws:
-        """Draws from the guide, resampled if so asked; what was summed out is drawn exactly."""
+        """Draws from the guide, resampled if so asked; what was summed out is drawn exactly.
+
+        Warns:
+            OtherDataWarning: latents that all rows share are drawn as the fitted data have them.
+        """
         with self._ready():
             coupling = self._asked(problem, structure)
+            self._warn_of_others("posterior", coupling, problem)
             if self.correction == "importance" and coupling.order:
                 return self._corrected(coupling, problem, structure, n)
             return Draws(drawn(coupling, problem, n, structure.latents))
@@ -146,12 +160,29 @@ class Posterior:
 
         What was summed out has its exact law, averaged over draws of the guide's latents; what bears on
         nothing observed has an empirical one.
+
+        Warns:
+            OtherDataWarning: latents that all rows share have the law that the fitted data gave them.
         """
         with self._ready():
             coupling = self._asked(problem, structure)
+            self._warn_of_others("marginals", coupling, problem)
             return marginals(coupling, problem, structure)
 
     # --- what a query is about ----------------------------------------------------------------------------
+
+    def _warn_of_others(self, query: str, coupling: Coupling, problem: Problem) -> None:
+        """Say which latents do not depend on the data asked about, unless those are the fitted data."""
+        kept = [name for name in coupling.order if name in self.proposal.deaf]
+        if kept and not _same_data(problem, self.problem):
+            names = ", ".join(map(repr, kept[:4])) + (f" and {len(kept) - 4} more" if len(kept) > 4 else "")
+            warnings.warn(
+                f"{query}: the guide of {names} reads no data, so that what is given for {names} is the posterior under "
+                "the data fitted to, not those asked about; other latents are given it. For the posterior "
+                "under these data fit again on them, or fit with objective='forward-kl', whose guide reads any",
+                OtherDataWarning,
+                stacklevel=4,
+            )
 
     @contextmanager
     def _ready(self) -> Iterator[None]:
@@ -207,6 +238,19 @@ class Posterior:
                 f"and this data has {problem.rows or 'no'} rows; use guide='amortized', which serves any rows"
             )
         return asked
+
+
+def _same_data(one: Problem, other: Problem) -> bool:
+    if one is other or (one.source is not None and one.source is other.source):
+        return True
+    pairs = [(one.inputs, other.inputs), (one.observations, other.observations)]
+    return one.rows == other.rows and all(
+        a.keys() == b.keys() and all(_same(value, b[name]) for name, value in a.items()) for a, b in pairs
+    )
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())  # NaN is missing in both
 
 
 def _barren(structure: Structure, bearing: set[str], free: Sequence[str]) -> tuple[str, ...]:

@@ -9,10 +9,12 @@ from pgen.capability import Capability, Exactness, Offer, Query, Rank, Refusal
 from pgen.choice import learned_factor, names_of, require
 from pgen.conversion import Conversion, exactness_of
 from pgen.errors import PgenError
+from pgen.factoring import outside_plates
 from pgen.guides.features import Unconstrain, levels
 from pgen.structure import Site, Structure
 
 _JOINT = ("full-rank", "low-rank", "flow")  # guides that are one law of all latents
+_DEAF = ("mean-field", *_JOINT)  # guides that read no data
 
 
 @dataclass(frozen=True)
@@ -56,12 +58,19 @@ def needs(
                 f"{firm.distribution} at {firm.name!r} has no normalised density",
             )
     # What a user's guide leaves to be summed out is known only once it has run.
-    summed = tuple(s for s in structure.latents if guide and enumerated and structure.sites[s].enumerable)
+    summed = tuple(s for s in structure.latents if guide and enumerated and may_be_summed(structure, s))
     drawn = tuple(s for s in structure.latents if s not in summed)
     for name in drawn if guide else ():
         refusal = _unguided(structure.sites[name], structure, guide or "")
         if refusal is not None:
             return refusal
+    if simulated and drawn and guide in _DEAF:
+        return Refusal(
+            drawn[0],
+            "a guide that reads the data",
+            f"objective='forward-kl' trains a guide on simulations, each with data of its own, and guide={guide!r} reads "
+            "no data, so that it could only learn the prior; use guide='amortized'",
+        )
     if guide in _JOINT and drawn and all(map(structure.local, drawn)):
         return Refusal(
             drawn[0],
@@ -76,6 +85,11 @@ def needs(
             "objective='forward-kl' trains a guide alone, and here is none to train",
         )
     return Needs(paths, drawn, summed)
+
+
+def may_be_summed(structure: Structure, name: str) -> bool:
+    """Whether a latent is finite and stays in its plates, as far as the structure tells."""
+    return structure.sites[name].enumerable and outside_plates(structure, (name,)) is None
 
 
 def offer(structure: Structure, found: Needs, *, bound: bool, simulated: bool) -> Offer:
@@ -121,7 +135,7 @@ def _why(structure: Structure, found: Needs, simulated: bool) -> str:
         parts.append(f"{', '.join(local)} read off each row by a guide")
     if shared:
         parts.append(
-            f"{', '.join(shared)} {'read off the data' if simulated else 'given one approximate posterior'}"
+            f"{', '.join(shared)} {'read off the data' if simulated else 'given one approximate posterior, that of the fitted data'}"
         )
     rough = [s for s in found.drawn if structure.sites[s].discrete]
     if rough:

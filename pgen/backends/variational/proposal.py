@@ -38,6 +38,7 @@ class Proposal:
         nesting: batch dimensions that it uses.
         fixed: it has a law of its own for every row, so that all rows of the fitted data always go together.
         shown: like `guide`, with other values for what is observed; these may have dimensions for particles.
+        deaf: latents whose laws read no data, so that they are those of the fitted data whatever is asked about.
     """
 
     owner: object
@@ -48,6 +49,7 @@ class Proposal:
     nesting: int = 0
     fixed: bool = False
     shown: Callable[[Problem, Mapping[str, Tensor]], Callable[[], object]] | None = None
+    deaf: frozenset[str] = frozenset()
 
 
 def automatic(
@@ -95,6 +97,7 @@ def automatic(
         max(structure.nesting, guide.layout.nesting),
         guide.fixed,
         shown,
+        guide.free if isinstance(guide, Amortized) else frozenset(guide.sites),
     )
 
 
