@@ -65,7 +65,7 @@ class Family:
     natural: Callable[[Any], Tensor]
     log_normalizer: Callable[[Tensor], Tensor]
     parameters: Callable[[Tensor], Mapping[str, Tensor]]
-    posterior: Callable[..., Distribution]
+    posterior: Any  # a class of distributions
     points: Callable[[Any], list[Tensor]]
     vector: bool = False
 
@@ -298,14 +298,14 @@ def _probes(found: Conjugate, prior: Distribution) -> Iterator[Tensor]:
     for source in (prior, found.posterior, found.posterior):
         # Half way to the first point, draws keep away from the edges of the support, where round-off rules.
         yield 0.5 * (source.sample().detach() + found.point)
-    spread = _vector_quantiles if found.family.vector else _quantiles
     for source in (prior, found.posterior):
         count = max(64, min(_DRAWS, _MAX_NUMBERS // max(1, found.point.numel())))
         device = found.point.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(0)
             draws = source.sample(torch.Size([count])).detach()
-        yield from spread(_inside(found.family, draws))
+        draws = _inside(found.family, draws)
+        yield from _vector_quantiles(draws) if found.family.vector else _quantiles(found.family, draws)
 
 
 def _inside(family: Family, value: Tensor) -> Tensor:
@@ -322,11 +322,15 @@ def _inside(family: Family, value: Tensor) -> Tensor:
     )
 
 
-def _quantiles(draws: Tensor) -> Iterator[Tensor]:
-    """Quantiles of every element; all elements at the same level at a time, then at different ones."""
+def _quantiles(family: Family, draws: Tensor) -> Iterator[Tensor]:
+    """Quantiles of every element, and values beyond; all elements at one level at a time, then at several."""
     table = draws.sort(0).values
     levels = torch.tensor(_LEVELS, dtype=torch.float64)
     points = table[(levels * (len(draws) - 1)).round().long().to(draws.device)]
+    # As far again from the median as the outermost quantiles: little mass, unless the likelihood adds to it.
+    free = distributions.biject_to(family.posterior.support)
+    beyond = free(2 * free.inv(points[:2]) - free.inv(table[len(table) // 2]))
+    points = _inside(family, torch.cat([beyond, points]))
     yield from points
     elements = draws[0].numel()
     if elements > 1:

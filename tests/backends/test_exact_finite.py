@@ -14,8 +14,12 @@ from pyro.infer import TraceEnum_ELBO, config_enumerate
 
 from pgen.backends.exact import Exact
 from pgen.backends.exact.laws import Finite
+from pgen.backends.variational import Variational
+from pgen.capability import Exactness, Offer, Query, Refusal
+from pgen.errors import Refused
 from pgen.fitting import fit
 from pgen.handlers import Substitute
+from pgen.inspection import inspect_problem
 from pgen.problem import Problem
 from pgen.run import Run
 
@@ -247,3 +251,40 @@ def test_programs_that_take_one_value_at_a_time_learn_as_well():
     seen = dist.Normal(level * torch.eye(3), 1.0).log_prob(torch.tensor([2.0, 0.1, 0.4])).sum(-1)
     (WEIGHTS.log() + seen).logsumexp(0).backward()
     torch.testing.assert_close(fitted.parameters["level"], 0.5 + level.grad)
+
+
+# --- what leaves its plate ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("use", [torch.sum, lambda z: z[..., 0], lambda z: z @ torch.tensor([1.0, 2.0, 3.0])])
+def test_a_finite_latent_used_outside_its_plate_is_refused_and_not_offered(use):
+    def program(n):
+        with pyro.plate("k", 3):
+            z = pyro.sample("z", dist.Bernoulli(0.3))
+        with pyro.plate("d", n):
+            pyro.sample("x", dist.Normal(use(z), 1.0))
+
+    data = {"x": torch.tensor([0.3, -1.2, 2.0])}
+    with pytest.raises(Refused, match="site 'z' lacks uses inside its plates: 'x' depends on 'z'"):
+        fit(program, data, Exact(), run=QUIET)
+    structure, _ = inspect_problem(Problem.of(program, data))
+    offer = Variational().examine(structure)
+    assert isinstance(offer, Offer)
+    assert "summed out" not in offer.why
+    assert offer.answers[Query.LOG_PROB] is Exactness.LOWER_BOUND
+    assert isinstance(Variational(guide="mean-field").examine(structure), Refusal)
+
+
+def test_what_is_only_predicted_may_look_across_a_plate():
+    def program():
+        with pyro.plate("k", 3):
+            z = pyro.sample("z", dist.Bernoulli(0.3))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=torch.arange(3.0))
+        pyro.sample("any", dist.Bernoulli(z.mean()))
+
+    fitted = fit(program, None, Exact(), run=QUIET)
+    y = torch.arange(3.0)
+    terms = torch.stack([dist.Normal(k, 1.0).log_prob(y) for k in (0.0, 1.0)])
+    exact = (torch.tensor([0.7, 0.3]).log()[:, None] + terms).logsumexp(0).sum()
+    torch.testing.assert_close(fitted.log_prob().value.sum(), exact)
+    assert fitted.posterior(n=4)["any"].shape == (4,)

@@ -133,7 +133,8 @@ def _is_real(site: Site) -> bool:
 def _method(structure: Structure, latents: tuple[str, ...], sites: frozenset[str]) -> Method | Refusal:
     kinds = {name: _kind(structure.sites[name]) for name in latents}
     if set(kinds.values()) == {"finite"}:
-        lost = _followed(structure, latents) or outside_plates(structure, latents, sites)
+        lost = _followed(structure, latents)
+        lost = outside_plates(structure, latents, sites) if lost is None else lost
         return "finite" if lost is None else lost
     odd = next(name for name in latents if kinds[name] != "finite")
     if "finite" in kinds.values():

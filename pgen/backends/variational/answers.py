@@ -250,7 +250,10 @@ def _same_data(one: Problem, other: Problem) -> bool:
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())  # NaN is missing in both
+    if a.shape != b.shape:
+        return False
+    b = b.to(a.device)
+    return bool(((a == b) | ((a != a) & (b != b))).all())  # what is missing in both is the same
 
 
 def _barren(structure: Structure, bearing: set[str], free: Sequence[str]) -> tuple[str, ...]:
