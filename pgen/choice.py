@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
 
 from pgen.capability import Capability, Offer, Query, Refusal
 from pgen.conversion import Conversion
 from pgen.errors import OptionError, Refused
 from pgen.protocols import Backend
-from pgen.structure import Structure, describe_leak
+from pgen.structure import Structure
+from pgen.tables import as_text
 
 Paths = dict[str, tuple[Conversion, ...]]
 
@@ -118,9 +121,7 @@ class Explanation:
 
     def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
         """The program's structure, then a table of answers."""
-        from rich.table import Table
-
-        yield repr(self.structure) + "\n"
+        yield escape(repr(self.structure)) + "\n"
         table = Table("backend", "answer", *(q.value for q in Query), "why", show_lines=True)
         for row in self.rows:
             if isinstance(row.answer, Offer):
@@ -130,23 +131,19 @@ class Explanation:
                     row.backend,
                     f"[green]{row.answer.rank.name.lower()}[/green]",
                     *answers,
-                    row.answer.why + paths,
+                    escape(row.answer.why + paths),
                 )
             else:
                 where = f"site {row.answer.site!r}: " if row.answer.site else ""
                 missing = f"{where}missing {row.answer.missing}"
                 table.add_row(
-                    row.backend, "[red]no[/red]", *("" for _ in Query), f"{missing}\n{row.answer.why}"
+                    row.backend, "[red]no[/red]", *("" for _ in Query), escape(f"{missing}\n{row.answer.why}")
                 )
         yield table
 
     def __str__(self) -> str:
         """The table as plain text."""
-        from rich.console import Console
-
-        console = Console(file=io.StringIO(), width=140, no_color=True)
-        console.print(self)
-        return console.file.getvalue()  # type: ignore[attr-defined]
+        return as_text(self)
 
     def __repr__(self) -> str:
         """The table as plain text."""
@@ -200,11 +197,6 @@ def refusal_text(refusal: Any) -> str:
     """A refusal in one line."""
     where = f"site {refusal.site!r} lacks {refusal.missing}" if refusal.site else f"missing {refusal.missing}"
     return f"{where}: {refusal.why}"
-
-
-def notes(structure: Structure) -> list[str]:
-    """What a reader should know about how sure the structure is."""
-    return [describe_leak(leak) for leak in structure.leaks]
 
 
 def _merit(answer: Offer | Refusal) -> tuple[int, int]:

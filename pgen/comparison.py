@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from rich.markup import escape
+from rich.table import Table
 from torch import Tensor
 
 from pgen.capability import Estimate, Query
@@ -20,6 +21,7 @@ from pgen.metrics.two_sample import energy_distance
 from pgen.problem import Data
 from pgen.protocols import Backend
 from pgen.run import Run
+from pgen.tables import as_text
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,6 @@ class Comparison:
 
     def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
         """The table."""
-        from rich.table import Table
-
         table = Table(
             "fit",
             "log probability is",
@@ -74,23 +74,19 @@ class Comparison:
         for r in self.rows:
             error = "" if r.stderr is None else f" ± {r.stderr:.2g}"
             table.add_row(
-                r.name,
+                escape(r.name),
                 "-" if r.kind is None else f"{r.kind} (log {r.measure})",
                 "-" if r.nats is None else f"{r.nats:.2f}{error}",
                 "-" if r.bits_per_dim is None else f"{r.bits_per_dim:.3f}",
                 "-" if r.distance is None else f"{r.distance:.4f}",
                 "-" if r.seconds is None else f"{r.seconds:.1f}",
-                r.note,
+                escape(r.note),
             )
         yield table
 
     def __str__(self) -> str:
         """The table as plain text."""
-        from rich.console import Console
-
-        console = Console(file=io.StringIO(), width=140, no_color=True)
-        console.print(self)
-        return console.file.getvalue()  # type: ignore[attr-defined]
+        return as_text(self)
 
     def __repr__(self) -> str:
         """The table as plain text."""

@@ -19,7 +19,7 @@ from pgen.handlers import StandIn
 from pgen.isolation import isolated, validating
 from pgen.linearity import bent_sites
 from pgen.parameters import Parameters
-from pgen.problem import Data, Problem, _name
+from pgen.problem import Data, Problem, _name, _parameters_of
 from pgen.provenance import Leak, Provenance
 from pgen.structure import Plate, Site, Structure
 
@@ -177,8 +177,6 @@ def _hint(problem: Problem, error: Exception) -> str:
 
 
 def _open_arguments(problem: Problem) -> list[str]:
-    from pgen.problem import _parameters_of
-
     return [
         n for n in _parameters_of(problem.program)[0] if n not in problem.inputs and n != problem.size_name
     ]

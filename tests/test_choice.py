@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from pgen.capability import Capability, Exactness, Offer, Query, Rank, Refusal
-from pgen.choice import choose, examine, learned_factor, names_of, refusal_text, require
+from pgen.choice import Explanation, Row, choose, examine, learned_factor, names_of, refusal_text, require
 from pgen.errors import OptionError, Refused, UnknownName
 from pgen.inspection import structure_of
 from pgen.testing.unsuitable import Opaque
@@ -210,3 +210,10 @@ def test_refusals_read_as_a_sentence():
         refusal_text(Refusal("z", "log_prob", "it is implicit")) == "site 'z' lacks log_prob: it is implicit"
     )
     assert refusal_text(Refusal(None, "a data plate", "it has none")) == "missing a data plate: it has none"
+
+
+def test_brackets_in_a_reason_are_text_and_not_markup():
+    """Rich would take `[values, 1]` for a style, and leave it out."""
+    refusal = Refusal("z", "room", "tensors of shape [values, 1]")
+    told = str(Explanation(structure_of(lambda: None), (Row("b", refusal),)))
+    assert "[values, 1]" in told
