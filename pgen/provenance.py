@@ -205,6 +205,11 @@ _MOVES: dict[
 class _Operations(TorchDispatchMode):
     """Moves marks along with every aten operation."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Keep torch from wrapping this mode for its compiler, the import of which takes a second."""
+        return False
+
     def __init__(self, provenance: Provenance) -> None:
         super().__init__()
         self.provenance = provenance

@@ -1,0 +1,1 @@
+"""Markov chain kernels, batched over chains."""

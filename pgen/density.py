@@ -1,0 +1,366 @@
+"""The log density of a program's latents given its data, on unconstrained vectors, for many of them at once.
+
+    log π(u) = log p(x, T(u)) + log |det T'(u)|
+
+Each latent site has a slice of u, brought into its support by that support's own bijection, which is made anew in
+every run: a support may depend on other latents. Finite latents are summed out. The program is run under `vmap` once
+per kind of input, recorded, and replayed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+from torch.distributions import biject_to
+
+from pgen.algorithms.record import Recorded, Unrecordable, where_raised
+from pgen.algorithms.sum_product import log_partition
+from pgen.enumeration import enumerate_sites
+from pgen.errors import ProgramError
+from pgen.handlers import Substitute
+from pgen.isolation import validating
+from pgen.problem import Problem
+from pgen.structure import Structure
+
+_CHUNK = 1024  # vectors whose values are read at once
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The place of one latent in the vector.
+
+    Attributes:
+        name: the site.
+        shape: of its value.
+        free: of the unconstrained value.
+        start: its first element in the vector.
+    """
+
+    name: str
+    shape: torch.Size
+    free: torch.Size
+    start: int
+
+    @property
+    def size(self) -> int:
+        """How many elements of the vector it takes."""
+        return math.prod(self.free)
+
+
+@dataclass(frozen=True)
+class Density:
+    """A program's latents as one vector of real numbers.
+
+    Attributes:
+        problem: the program with its data.
+        structure: its structure.
+        slots: where each continuous latent is in the vector.
+        finite: latents that are summed out.
+        held: latents whose values are given with every call: other kernels move them.
+        apart: whether finite latents have to be tried one by one.
+        dtype: of the program's numbers.
+    """
+
+    problem: Problem
+    structure: Structure
+    slots: tuple[Slot, ...]
+    finite: tuple[str, ...] = ()
+    held: tuple[str, ...] = ()
+    apart: bool = False
+    dtype: torch.dtype = field(default_factory=torch.get_default_dtype)
+
+    @staticmethod
+    def of(
+        problem: Problem, structure: Structure, finite: Sequence[str] = (), held: Sequence[str] = ()
+    ) -> Density:
+        """Lay out the latents of a problem.
+
+        Raises:
+            ProgramError: a latent's support has no bijection from the real numbers.
+            Refused: finite latents cannot be summed out; the refusal names the site.
+        """
+        with validating(False), torch.no_grad():
+            trace = poutine.trace(problem).get_trace()
+        slots: list[Slot] = []
+        start = 0
+        for name in structure.latents:
+            if name in finite or name in held:
+                continue
+            node = trace.nodes[name]
+            shape = torch.Size(node["value"].shape)
+            free = torch.Size(_bijection(name, node["fn"]).inverse_shape(shape))
+            slots.append(Slot(name, shape, free, start))
+            start += math.prod(free)
+        values = {s.name: trace.nodes[s.name]["value"] for s in slots}
+        found = Density(problem, structure, tuple(slots), tuple(finite), tuple(held))
+        if finite:
+            with validating(False), torch.no_grad():
+                run = _substituting(problem, values)
+                checked = enumerate_sites(run, structure, finite, check=True)
+            found = replace(found, apart=checked.apart)
+        return found
+
+    @property
+    def size(self) -> int:
+        """Length of the vector."""
+        return sum(slot.size for slot in self.slots)
+
+    # --- one vector ---------------------------------------------------------------------------------------
+
+    def log_density(self, position: Tensor, *data: Tensor) -> Tensor:
+        """Log density of one unconstrained vector `[d]`, up to a constant: a scalar."""
+        return self._run(position, self.problem)[0]
+
+    def _run(self, position: Tensor, problem: Problem, given: Mapping[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        parts = self._parts(position)
+        free = _Free(parts, given or {}, weigh=not self.finite)
+        if not self.finite:
+            with free:
+                problem()
+            return free.total + free.volume, free.values
+
+        def run() -> None:
+            with _Free(parts, given or {}, weigh=False) as inner:
+                problem()
+            free.volume, free.values = inner.volume, inner.values
+
+        # The reader is outermost: it gives the finite latents their values before `_Free` would.
+        found = enumerate_sites(run, self.structure, self.finite, apart=self.apart)
+        return log_partition(found.graph()).sum() + free.volume, free.values
+
+    def _parts(self, position: Tensor) -> dict[str, Tensor]:
+        pieces = position.split([slot.size for slot in self.slots], -1) if self.slots else ()
+        return {s.name: piece.reshape(s.free) for s, piece in zip(self.slots, pieces, strict=True)}
+
+    # --- many at once -------------------------------------------------------------------------------------
+
+    def value_and_gradient(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Log density `[C]` and its gradient `[C, d]` at vectors `[C, d]`, through vmap."""
+        u = positions.detach().requires_grad_()
+        with validating(False), torch.enable_grad():
+            value = torch.vmap(lambda one: self._run(one, self.problem)[0])(u)
+            (gradient,) = torch.autograd.grad(value.sum(), u)
+        return value.detach(), gradient
+
+    def alone(self, position: Tensor) -> tuple[Tensor, Tensor]:
+        """Log density, a scalar, and its gradient `[d]` at one vector `[d]`."""
+        u = position.detach().requires_grad_()
+        with validating(False), torch.enable_grad():
+            value = self._run(u, self.problem)[0]
+            (gradient,) = torch.autograd.grad(value, u)
+        return value.detach(), gradient
+
+    def one_by_one(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """The same as `value_and_gradient` by a loop, for programs that vmap cannot run."""
+        return _stacked(self.alone, positions)
+
+    def values(self, positions: Tensor) -> dict[str, Tensor]:
+        """Values of the continuous latents, and of deterministic sites, `[n, *shape]` at vectors `[n, d]`."""
+        with validating(False), torch.no_grad():
+            return torch.vmap(self.value)(positions)
+
+    def value(self, position: Tensor) -> dict[str, Tensor]:
+        """The same at one vector `[d]`."""
+        free = _Free(self._parts(position), {}, weigh=False)
+        with validating(False), torch.no_grad(), free:
+            self.problem()
+        return free.values
+
+    def unconstrained(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Vectors `[n, d]` of values of the continuous latents `[n, *shape]` (their inverse)."""
+
+        def one(some: dict[str, Tensor]) -> Tensor:
+            inverse = _Inverse(some)
+            with inverse:
+                self.problem()
+            pieces = [inverse.found[s.name].reshape(-1) for s in self.slots]
+            return torch.cat(pieces)
+
+        with validating(False), torch.no_grad():
+            return torch.vmap(one)({s.name: values[s.name] for s in self.slots})
+
+
+def _bijection(name: str, fn: Any) -> Any:
+    try:
+        return biject_to(fn.support)
+    except NotImplementedError as error:
+        raise ProgramError(
+            f"site {name!r}: its support {fn.support} has no bijection from the real numbers, so no gradient-based "
+            "kernel can move it; give the site a law with a continuous support"
+        ) from error
+
+
+class _Free(Messenger):
+    """Gives latents their values from unconstrained parts, and adds up log densities and volumes."""
+
+    def __init__(self, parts: Mapping[str, Tensor], given: Mapping[str, Tensor], weigh: bool) -> None:
+        super().__init__()
+        self.parts, self.given, self.weigh = parts, given, weigh
+        self.total: Any = 0.0
+        self.volume: Any = 0.0
+        self.values: dict[str, Tensor] = {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        name = msg["name"]
+        if msg["is_observed"]:
+            return
+        if name in self.parts:
+            transform, free = biject_to(msg["fn"].support), self.parts[name]
+            value = transform(free)
+            self.volume = self.volume + transform.log_abs_det_jacobian(free, value).sum()
+            self.values[name] = value
+        elif name in self.given:
+            value = self.given[name]
+        elif msg["fn"].has_enumerate_support:
+            # Summed out, or moved by others: here some value will do.
+            value = _first_value(msg["fn"])
+        else:
+            return
+        msg["value"], msg["done"] = value, True
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        fn = msg["fn"]
+        if (msg["infer"] or {}).get("_deterministic"):
+            self.values[msg["name"]] = msg["value"]
+            return
+        if not self.weigh or type(fn).__name__ == "_Subsample":
+            return
+        log = log_prob_of(fn, msg["value"])
+        self.total = self.total + scale_and_mask(log, msg["scale"], msg["mask"]).sum()
+
+
+def log_prob_of(fn: Any, value: Tensor) -> Tensor:
+    """The log probability of a value, written so that it batches and that its gradient costs little.
+
+    torch masks the logits of a multinomial by index, which vmap cannot do; and its Bernoulli, under vmap, comes apart
+    into thirty operations where `x l - softplus(l)` is three.
+    """
+    if isinstance(fn, torch.distributions.Independent):
+        log = log_prob_of(fn.base_dist, value)
+        return log.sum(list(range(-fn.reinterpreted_batch_ndims, 0))) if fn.reinterpreted_batch_ndims else log
+    if isinstance(fn, torch.distributions.Multinomial):
+        counts = torch.lgamma(value.sum(-1) + 1) - torch.lgamma(value + 1).sum(-1)
+        return counts + torch.where(value == 0, 0.0, value * fn.logits).sum(-1)
+    if isinstance(fn, torch.distributions.Bernoulli) and "logits" in fn.__dict__:
+        return value * fn.logits - torch.nn.functional.softplus(fn.logits)
+    return fn.log_prob(value)
+
+
+def _first_value(fn: Any) -> Tensor:
+    """The first value of a finite support, in the shape of a draw."""
+    value = fn.enumerate_support(expand=False)[0]
+    return value.expand(fn.batch_shape + fn.event_shape) if not fn.event_shape else value
+
+
+class _Inverse(Messenger):
+    """Sets latents to given values, and finds their unconstrained counterparts."""
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.values = values
+        self.found: dict[str, Tensor] = {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        name = msg["name"]
+        if name in self.values and not msg["is_observed"]:
+            value = self.values[name]
+            self.found[name] = biject_to(msg["fn"].support).inv(value)
+        elif msg["fn"].has_enumerate_support and not msg["is_observed"]:
+            value = _first_value(msg["fn"])
+        else:
+            return
+        msg["value"], msg["done"] = value, True
+
+
+def _substituting(problem: Problem, values: Mapping[str, Tensor]) -> Callable[[], object]:
+    def run() -> None:
+        with Substitute(values):
+            problem()
+
+    return run
+
+
+@dataclass(frozen=True)
+class Functions:
+    """What samplers call, by the fastest way that the program allows.
+
+    Attributes:
+        target: from vectors `[C, d]` to log densities `[C]` and gradients `[C, d]`.
+        values: from vectors `[n, d]` to values by site, `[n, *shape]`.
+        way: "recorded" (all vectors at once), "in turn" (recorded for one vector), "unrecorded" (all at once), or "as
+            written" (one after the other, the program itself).
+        why: why it is no better one.
+    """
+
+    target: Callable[[Tensor], tuple[Tensor, Tensor]]
+    values: Callable[[Tensor], dict[str, Tensor]]
+    way: str
+    why: str = ""
+
+
+def functions_of(density: Density, *, recorded: bool = True, lift: bool = True) -> Functions:
+    """The density as kernels take it.
+
+    Args:
+        density: of a program.
+        recorded: replay a recording, instead of running the program each time.
+        lift: compute in double precision, whatever precision the program is written in.
+    """
+    device = density.problem.device
+    dtype = torch.float64 if lift else density.dtype
+    two = torch.zeros(2, density.size, dtype=dtype, device=device)
+    try:
+        if not recorded:
+            density.value_and_gradient(two)
+            return Functions(density.value_and_gradient, _chunked(density.values), "unrecorded")
+        together = Recorded(density.value_and_gradient, lift=lift, fallback=False)
+        values = Recorded(density.values, lift=lift, fallback=False)
+        together(two)
+        values(two)
+        return Functions(together, _chunked(values), "recorded")
+    except (Unrecordable, RuntimeError) as error:
+        where = where_raised(error.__traceback__)
+        why = str(error).splitlines()[0] + (f" (at {where})" if where and where not in str(error) else "")
+    one = two[0]
+    try:
+        if recorded:
+            alone = Recorded(density.alone, lift=lift, fallback=False)
+            value = Recorded(density.value, lift=lift, fallback=False)
+            alone(one)
+            value(one)
+            return Functions(partial(_stacked, alone), partial(_each, value), "in turn", why)
+    except Unrecordable as error:
+        why = str(error)
+    return Functions(density.one_by_one, partial(_each, density.value), "as written", why)
+
+
+def _stacked(alone: Callable[[Tensor], tuple[Tensor, Tensor]], positions: Tensor) -> tuple[Tensor, Tensor]:
+    found = [alone(position) for position in positions]
+    return torch.stack([value for value, _ in found]), torch.stack([gradient for _, gradient in found])
+
+
+def _each(value: Callable[[Tensor], dict[str, Tensor]], positions: Tensor) -> dict[str, Tensor]:
+    found = [value(position) for position in positions]
+    return {name: torch.stack([f[name] for f in found]) for name in found[0]}
+
+
+def _chunked(values: Callable[[Tensor], dict[str, Tensor]]) -> Callable[[Tensor], dict[str, Tensor]]:
+    """In pieces of one size, so that one recording serves any number and memory stays bounded."""
+
+    def apply(positions: Tensor) -> dict[str, Tensor]:
+        n = len(positions)
+        size = min(_CHUNK, 1 << (n - 1).bit_length())
+        whole = torch.cat([positions, positions[:1].expand(-n % size, -1)])
+        found = [values(part.contiguous()) for part in whole.split(size)]
+        return {name: torch.cat([f[name] for f in found])[:n] for name in found[0]}
+
+    return apply
