@@ -23,10 +23,11 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from pgen.algorithms.record import Recorded, Unrecordable, where_raised
-from pgen.algorithms.sum_product import log_partition
+from pgen.algorithms.sum_product import log_partition, sample
+from pgen.capability import Capability
 from pgen.enumeration import enumerate_sites
 from pgen.errors import ProgramError
-from pgen.handlers import Substitute
+from pgen.handlers import ScaleRows, Substitute
 from pgen.isolation import validating
 from pgen.problem import Problem
 from pgen.structure import Structure
@@ -116,26 +117,32 @@ class Density:
 
     # --- one vector ---------------------------------------------------------------------------------------
 
-    def log_density(self, position: Tensor, *data: Tensor) -> Tensor:
-        """Log density of one unconstrained vector `[d]`, up to a constant: a scalar."""
-        return self._run(position, self.problem)[0]
+    def log_density(
+        self, position: Tensor, problem: Problem | None = None, given: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """Log density of one unconstrained vector `[d]`, up to a constant: a scalar.
 
-    def _run(self, position: Tensor, problem: Problem, given: Mapping[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        Args:
+            position: the vector.
+            problem: the program with other data; None: its own.
+            given: values of the latents in `held`.
+        """
+        problem = self.problem if problem is None else problem
         parts = self._parts(position)
         free = _Free(parts, given or {}, weigh=not self.finite)
         if not self.finite:
             with free:
                 problem()
-            return free.total + free.volume, free.values
+            return free.total + free.volume
 
         def run() -> None:
             with _Free(parts, given or {}, weigh=False) as inner:
                 problem()
-            free.volume, free.values = inner.volume, inner.values
+            free.volume = inner.volume
 
         # The reader is outermost: it gives the finite latents their values before `_Free` would.
         found = enumerate_sites(run, self.structure, self.finite, apart=self.apart)
-        return log_partition(found.graph()).sum() + free.volume, free.values
+        return log_partition(found.graph()).sum() + free.volume
 
     def _parts(self, position: Tensor) -> dict[str, Tensor]:
         pieces = position.split([slot.size for slot in self.slots], -1) if self.slots else ()
@@ -147,7 +154,44 @@ class Density:
         """Log density `[C]` and its gradient `[C, d]` at vectors `[C, d]`, through vmap."""
         u = positions.detach().requires_grad_()
         with validating(False), torch.enable_grad():
-            value = torch.vmap(lambda one: self._run(one, self.problem)[0])(u)
+            value = torch.vmap(self.log_density)(u)
+            (gradient,) = torch.autograd.grad(value.sum(), u)
+        return value.detach(), gradient
+
+    def on_a_batch(self, positions: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        """An unbiased estimate of the same, from `size` rows drawn anew at every call, one batch for all vectors."""
+        rows = self.problem.rows or 1
+        batch = self.problem.take(torch.randint(rows, (size,), device=positions.device))
+        u = positions.detach().requires_grad_()
+        with validating(False), torch.enable_grad(), ScaleRows(self.structure.data_plates, batch.scale):
+            value = torch.vmap(lambda one: self.log_density(one, batch))(u)
+            (gradient,) = torch.autograd.grad(value.sum(), u)
+        return value.detach(), gradient
+
+    def on_many(self, positions: Tensor, data: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The same for R data sets at once.
+
+        Args:
+            positions: `[R * C, d]`, data set by data set.
+            data: observations `[R, ...]` by site.
+        """
+        sets = len(next(iter(data.values())))
+        u = positions.detach().requires_grad_()
+
+        def one(group: Tensor, seen: dict[str, Tensor]) -> Tensor:
+            problem = replace(self.problem, observations={**self.problem.observations, **seen})
+            return torch.vmap(lambda position: self.log_density(position, problem))(group)
+
+        with validating(False), torch.enable_grad():
+            value = torch.vmap(one)(u.reshape(sets, -1, u.shape[-1]), dict(data)).reshape(-1)
+            (gradient,) = torch.autograd.grad(value.sum(), u)
+        return value.detach(), gradient
+
+    def given_choices(self, positions: Tensor, choices: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The same given values `[C, ...]` of the latents in `held`."""
+        u = positions.detach().requires_grad_()
+        with validating(False), torch.enable_grad():
+            value = torch.vmap(lambda one, held: self.log_density(one, given=held))(u, dict(choices))
             (gradient,) = torch.autograd.grad(value.sum(), u)
         return value.detach(), gradient
 
@@ -155,7 +199,7 @@ class Density:
         """Log density, a scalar, and its gradient `[d]` at one vector `[d]`."""
         u = position.detach().requires_grad_()
         with validating(False), torch.enable_grad():
-            value = self._run(u, self.problem)[0]
+            value = self.log_density(u)
             (gradient,) = torch.autograd.grad(value, u)
         return value.detach(), gradient
 
@@ -168,12 +212,35 @@ class Density:
         with validating(False), torch.no_grad():
             return torch.vmap(self.value)(positions)
 
-    def value(self, position: Tensor) -> dict[str, Tensor]:
-        """The same at one vector `[d]`."""
-        free = _Free(self._parts(position), {}, weigh=False)
+    def value(self, position: Tensor, given: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """The same at one vector `[d]`, given values of the latents in `held`."""
+        free = _Free(self._parts(position), given or {}, weigh=False)
         with validating(False), torch.no_grad(), free:
             self.problem()
         return free.values
+
+    def choices(self, positions: Tensor, data: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Draws of the finite latents given the others, `[n, *shape]`, at vectors `[n, d]`: exact, one for each.
+
+        Args:
+            positions: the vectors.
+            data: observations by site, `[n, ...]`: a data set for each; None: the problem's own.
+        """
+        with validating(False), torch.no_grad():
+            return torch.vmap(self.choice, randomness="different")(positions, dict(data or {}))
+
+    def choice(self, position: Tensor, data: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """The same at one vector `[d]`."""
+        problem = replace(self.problem, observations={**self.problem.observations, **(data or {})})
+
+        def run() -> None:
+            with _Free(self._parts(position), {}, weigh=False):
+                problem()
+
+        with validating(False), torch.no_grad():
+            found = enumerate_sites(run, self.structure, self.finite, apart=self.apart)
+            indices = sample(found.graph(), 1, check=False)
+        return {name: found.values(name, index)[0] for name, index in indices.items()}
 
     def unconstrained(self, values: Mapping[str, Tensor]) -> Tensor:
         """Vectors `[n, d]` of values of the continuous latents `[n, *shape]` (their inverse)."""
@@ -185,8 +252,13 @@ class Density:
             pieces = [inverse.found[s.name].reshape(-1) for s in self.slots]
             return torch.cat(pieces)
 
+        laid = {s.name: values[s.name] for s in self.slots}
         with validating(False), torch.no_grad():
-            return torch.vmap(one)({s.name: values[s.name] for s in self.slots})
+            try:
+                return torch.vmap(one)(laid)
+            except RuntimeError:  # a program that vmap cannot run
+                rows = len(next(iter(laid.values())))
+                return torch.stack([one({k: v[i] for k, v in laid.items()}) for i in range(rows)])
 
 
 def _bijection(name: str, fn: Any) -> Any:
@@ -252,6 +324,9 @@ def log_prob_of(fn: Any, value: Tensor) -> Tensor:
         return counts + torch.where(value == 0, 0.0, value * fn.logits).sum(-1)
     if isinstance(fn, torch.distributions.Bernoulli) and "logits" in fn.__dict__:
         return value * fn.logits - torch.nn.functional.softplus(fn.logits)
+    declared = getattr(fn, "capabilities", None)
+    if declared is not None and Capability.LOG_PROB not in declared:
+        return fn.log_density(value)
     return fn.log_prob(value)
 
 
@@ -299,12 +374,14 @@ class Functions:
         way: "recorded" (all vectors at once), "in turn" (recorded for one vector), "unrecorded" (all at once), or "as
             written" (one after the other, the program itself).
         why: why it is no better one.
+        cost: operations of one call of `target`, and numbers computed for each vector, where it is recorded.
     """
 
     target: Callable[[Tensor], tuple[Tensor, Tensor]]
     values: Callable[[Tensor], dict[str, Tensor]]
     way: str
     why: str = ""
+    cost: tuple[int, float] = (0, 0.0)
 
 
 def functions_of(density: Density, *, recorded: bool = True, lift: bool = True) -> Functions:
@@ -326,7 +403,7 @@ def functions_of(density: Density, *, recorded: bool = True, lift: bool = True) 
         values = Recorded(density.values, lift=lift, fallback=False)
         together(two)
         values(two)
-        return Functions(together, _chunked(values), "recorded")
+        return Functions(together, _chunked(values), "recorded", cost=_cost(together, two))
     except (Unrecordable, RuntimeError) as error:
         where = where_raised(error.__traceback__)
         why = str(error).splitlines()[0] + (f" (at {where})" if where and where not in str(error) else "")
@@ -341,6 +418,19 @@ def functions_of(density: Density, *, recorded: bool = True, lift: bool = True) 
     except Unrecordable as error:
         why = str(error)
     return Functions(density.one_by_one, partial(_each, density.value), "as written", why)
+
+
+def _cost(recorded: Recorded[..., Any], positions: Tensor) -> tuple[int, float]:
+    """Operations, and numbers per vector: a product of matrices counts a number for every 16 multiplications."""
+    tape = next(r.tape for r in recorded.recordings.values() if r is not None)
+    values = tape.run([positions])
+    total = 0.0
+    for op in tape.ops:
+        numbers = sum(values[i].numel() for i in op.gives())
+        total += numbers
+        if op.name in ("aten.mm.default", "aten.bmm.default", "aten.addmm.default"):
+            total += numbers * values[op.reads()[-2]].shape[-1] / 16
+    return len(tape.ops), total / len(positions)
 
 
 def _stacked(alone: Callable[[Tensor], tuple[Tensor, Tensor]], positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,173 @@
+"""What MCMC needs of a program: densities at every site, and latents that a kernel can move."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch.distributions import biject_to
+
+from pgen.capability import Capability, Exactness, Offer, Query, Rank, Refusal
+from pgen.choice import Paths, names_of, require
+from pgen.conversion import exactness_of
+from pgen.factoring import outside_plates
+from pgen.structure import Site, Structure
+
+_MANY = 1000  # elements: beyond, posteriors are better approximated first
+
+
+@dataclass(frozen=True)
+class Needs:
+    """How each latent is treated.
+
+    Attributes:
+        paths: conversions by site.
+        moved: continuous latents.
+        summed: finite latents that are summed out, and drawn afterwards given the others.
+        flipped: finite latents that are drawn in turn with the continuous ones.
+    """
+
+    paths: Paths
+    moved: tuple[str, ...]
+    summed: tuple[str, ...]
+    flipped: tuple[str, ...]
+
+
+def needs(
+    structure: Structure, via: Mapping[str, str], *, enumerated: bool = True, subsampled: bool = False
+) -> Needs | Refusal:
+    """How the latents of a program can be sampled, or which site stands in the way.
+
+    Args:
+        structure: of the program.
+        via: conversions to go through, by site.
+        enumerated: whether finite latents are summed out where they can be.
+        subsampled: whether a plate may draw its rows at random.
+    """
+    if not structure.latents:
+        return Refusal(
+            None,
+            "a latent site",
+            "nothing is left to sample: every site is observed. For the likelihood of the data use backend 'exact'",
+        )
+    learned = [name for site in structure for name in site.params] or list(structure.params)
+    if learned:
+        return Refusal(
+            next((s.name for s in structure if s.params), None),
+            "a prior for its learned tensors",
+            f"the program learns {learned[0]}{' and others' if len(set(learned)) > 1 else ''}; MCMC integrates over latents and optimises "
+            "nothing: make them sites (pyro.nn.PyroSample, pyro.random_module) or hold them fixed, as the program of another "
+            "fit does: pgen.fit(fitted.program, data, 'mcmc')",
+        )
+    paths = _densities(structure, via)
+    if isinstance(paths, Refusal):
+        return paths
+    for site in structure:
+        refusal = _unusable(site, structure, paths)
+        if refusal is not None:
+            return refusal
+    drawn = [p.name for p in structure.plates.values() if p.subsampled]
+    if drawn and not subsampled:
+        return Refusal(
+            None,
+            "all of its rows",
+            f"plate {drawn[0]!r} looks at a random part of its rows, so that the density is another one at every call; "
+            "use all rows, or kernel='sgld' or 'sghmc'",
+        )
+    moved, summed, flipped = [], [], []
+    for name in structure.latents:
+        site = structure.sites[name]
+        if not site.discrete:
+            refusal = _immovable(site)
+            if refusal is not None:
+                return refusal
+            moved.append(name)
+        elif not site.enumerable:
+            return Refusal(
+                name,
+                "a finite or continuous support",
+                f"{site.distribution} has support {site.support}: neither can its values be listed nor can a gradient move "
+                "them; sum it out in the program (pyro's GammaPoisson, ...), or truncate it",
+            )
+        elif enumerated and outside_plates(structure, (name,)) is None:
+            summed.append(name)
+        else:
+            flipped.append(name)
+    return Needs(paths, tuple(moved), tuple(summed), tuple(flipped))
+
+
+def _densities(structure: Structure, via: Mapping[str, str]) -> Paths | Refusal:
+    """The conversions of sites that have no density by themselves, and of those that the user named."""
+    own = {Capability.LOG_PROB, Capability.LOG_DENSITY}
+    asked = {s.name for s in structure if not s.factor and (s.name in via or not own & s.capabilities)}
+    if not asked and not via:
+        return {}
+    needed = [Capability.LOG_DENSITY]
+    paths = require(structure, latent=needed, observed=needed, via=via)
+    return paths if isinstance(paths, Refusal) else {s: p for s, p in paths.items() if s in asked}
+
+
+def offer(structure: Structure, found: Needs, kernel: str, evidence: bool) -> Offer:
+    """What is answered, and how exactly."""
+    answers: dict[Query, Exactness] = {}
+    if all({Capability.SAMPLE, Capability.RSAMPLE} & s.capabilities for s in structure if not s.factor):
+        answers[Query.SAMPLE] = Exactness.EXACT
+    weakest = min(
+        (exactness_of(p) for p in found.paths.values()), key=lambda e: e.strength, default=Exactness.EXACT
+    )
+    if evidence and structure.observed:
+        unnormalised = structure.factors or weakest is Exactness.UNNORMALIZED
+        answers[Query.LOG_PROB] = Exactness.UNNORMALIZED if unnormalised else Exactness.ESTIMATE
+    answers[Query.POSTERIOR] = Exactness.ESTIMATE
+    local = [s for s in found.moved if structure.local(s)]
+    small = not local and not found.flipped
+    rank = Rank.IDEAL if small and structure.observed else Rank.POSSIBLE
+    return Offer(answers, rank, _why(found, kernel, local), names_of(dict(found.paths)))
+
+
+def _why(found: Needs, kernel: str, local: list[str]) -> str:
+    parts = []
+    if found.moved:
+        parts.append(f"{', '.join(found.moved)} moved by {kernel}, exact in the long run")
+    if found.summed:
+        parts.append(f"{_listed(found.summed)} summed out exactly, then drawn given the rest")
+    if found.flipped:
+        parts.append(f"{_listed(found.flipped)} drawn in turn (Gibbs)")
+    if local:
+        parts.append(
+            f"{', '.join(local)} have values in every row, so that the vector is as long as the data"
+        )
+    return "; ".join(parts)
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _unusable(site: Site, structure: Structure, paths: Paths) -> Refusal | None:
+    """A density known up to a constant serves only where that constant never changes."""
+    able = site.capabilities | {c.gives for c in paths.get(site.name, ())}
+    if site.factor or Capability.LOG_PROB in able:
+        return None
+    moving = [p for p in site.parents if p in structure.latents]
+    if not moving:
+        return None
+    return Refusal(
+        site.name,
+        "a normalised density",
+        f"{site.distribution} is known up to a constant that depends on the latent {moving[0]!r}: moving {moving[0]!r} changes "
+        "it, and the acceptance would be wrong",
+    )
+
+
+def _immovable(site: Site) -> Refusal | None:
+    try:
+        biject_to(site.support)
+    except NotImplementedError:
+        return Refusal(
+            site.name,
+            "a bijection from the real numbers",
+            f"{site.distribution} has support {site.support}, onto which torch knows no map from unconstrained numbers; "
+            "register one with torch.distributions.biject_to.register",
+        )
+    return None

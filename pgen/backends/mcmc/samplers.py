@@ -1,0 +1,228 @@
+"""Kernels by name, each with its way of warming up, as chains run them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from pgen.algorithms.adaptation.chees import ChEESWarmup
+from pgen.algorithms.adaptation.meads import MEADSWarmup
+from pgen.algorithms.adaptation.warmup import Adapted, Metric, Warmup
+from pgen.algorithms.kernels.base import Kernel, LogDensity, Tuning, untuned
+from pgen.algorithms.kernels.chees import ChEES
+from pgen.algorithms.kernels.hmc import HMC
+from pgen.algorithms.kernels.iterate import Wrap, iterate, unwrapped
+from pgen.algorithms.kernels.langevin import MALA, ULA
+from pgen.algorithms.kernels.meads import MEADS
+from pgen.algorithms.kernels.nuts import NUTS
+from pgen.algorithms.kernels.stochastic import SGHMC, SGLD, Schedule
+from pgen.algorithms.kernels.walk import RandomWalk
+from pgen.algorithms.record import record
+from pgen.backends.mcmc.ledger import Block
+
+_FEW = 32  # chains: below, warm-up has less to pool and takes longer
+_POOLED_BLOCK = 25
+_STATISTICS = {
+    "accept": "acceptance_rate",
+    "energy": "energy",
+    "diverging": "diverging",
+    "evaluations": "n_steps",
+    "depth": "tree_depth",
+    "step_size": "step_size",
+}
+
+
+class Moving(NamedTuple):
+    """State of a kernel, and what it is tuned to."""
+
+    kernel: Any
+    tuning: Any
+
+
+@dataclass
+class Windowed:
+    """A kernel whose step size and scale are learnt in windows.
+
+    Attributes:
+        kernel: any with `init` and `step`.
+        target: the log density and its gradient.
+        adaptation: its warm-up.
+        wrap: makes straight-line functions fast.
+        thin: iterations per draw.
+        max_depth: of trees, to say which were cut.
+    """
+
+    kernel: Kernel
+    target: LogDensity
+    adaptation: Warmup
+    wrap: Wrap
+    thin: int = 1
+
+    @property
+    def warmup(self) -> int:
+        """Iterations of warm-up."""
+        return sum(block.length for block in self.adaptation.plan)
+
+    def begin(self, position: Tensor) -> Adapted:
+        """The state before warm-up, at positions `[C, d]`."""
+        return self.adaptation.init(position, self.target)
+
+    def warm(self, state: Adapted) -> tuple[Adapted, int]:
+        """A block of the warm-up, and how many iterations it took."""
+        length = self.adaptation.plan[state.block].length
+        return self.adaptation.advance(state, self.target, 1, self.wrap), length
+
+    def ready(self, state: Adapted) -> Moving:
+        """The state before the first draw."""
+        return Moving(state.state, state.tuning)
+
+    def run(self, state: Moving, draws: int) -> tuple[Moving, Block]:
+        """So many draws of each chain."""
+        inner, positions, info = iterate(
+            self.kernel, state.kernel, state.tuning, self.target, draws * self.thin, self.wrap
+        )
+        return Moving(inner, state.tuning), thinned(positions, info, self.thin)
+
+
+@dataclass
+class Fixed:
+    """A kernel with the tuning that it is given: nothing is learnt, the first iterations are only left out."""
+
+    kernel: Kernel
+    target: LogDensity
+    warmup: int
+    wrap: Wrap
+    tune: Callable[[Tensor], Tuning] = untuned
+    thin: int = 1
+
+    def begin(self, position: Tensor) -> Moving:
+        """The state at positions `[C, d]`."""
+        return Moving(self.kernel.init(position, self.target), self.tune(position))
+
+    def warm(self, state: Moving) -> tuple[Moving, int]:
+        """All iterations that are left out."""
+        return self.run(state, self.warmup)[0], self.warmup
+
+    def ready(self, state: Moving) -> Moving:
+        """The same state."""
+        return state
+
+    def run(self, state: Moving, draws: int) -> tuple[Moving, Block]:
+        """So many draws of each chain."""
+        inner, positions, info = iterate(
+            self.kernel, state.kernel, state.tuning, self.target, draws * self.thin, self.wrap
+        )
+        return Moving(inner, state.tuning), thinned(positions, info, self.thin)
+
+
+@dataclass
+class Pooled:
+    """A kernel with a warm-up of its own: ChEES and MEADS learn from all chains together."""
+
+    kernel: Kernel
+    target: LogDensity
+    adaptation: Any
+    wrap: Wrap
+    thin: int = 1
+
+    @property
+    def warmup(self) -> int:
+        """Iterations of warm-up."""
+        return self.adaptation.iterations
+
+    def begin(self, position: Tensor) -> Any:
+        """The state before warm-up, at positions `[C, d]`."""
+        return self.adaptation.begin(position, self.target)
+
+    def warm(self, state: Any) -> tuple[Any, int]:
+        """A block of the warm-up, and how many iterations it took."""
+        return self.adaptation.advance(state, self.target, _POOLED_BLOCK, self.wrap), _POOLED_BLOCK
+
+    def ready(self, state: Any) -> Moving:
+        """The state before the first draw."""
+        return Moving(*self.adaptation.finish(state))
+
+    def run(self, state: Moving, draws: int) -> tuple[Moving, Block]:
+        """So many draws of each chain."""
+        inner, positions, info = iterate(
+            self.kernel, state.kernel, state.tuning, self.target, draws * self.thin, self.wrap
+        )
+        return Moving(inner, state.tuning), thinned(positions, info, self.thin)
+
+
+def thinned(positions: Tensor, info: Any, thin: int) -> Block:
+    """Draws and what the kernel reports about them, by the names that ArviZ knows."""
+    last = slice(thin - 1, None, thin)
+    stats = {name: getattr(info, own)[last] for own, name in _STATISTICS.items() if own in info._fields}
+    return Block(positions[last], stats)
+
+
+HAMILTONIAN = ("nuts", "hmc", "chees", "meads")
+KERNELS = (*HAMILTONIAN, "mala", "ula", "random-walk", "sgld", "sghmc", "tempering", "smc")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the backend's options say about a sampler.
+
+    Attributes:
+        kernel: a name, or an object.
+        chains: how many there will be.
+        warmup: iterations; None: as many as the kernel needs.
+        target_accept: None: what suits the kernel.
+        metric: see `Warmup`.
+        max_depth: of trees.
+        step_size: of kernels that do not adapt it.
+        thin: iterations per draw.
+        recorded: whether functions of the target can be recorded.
+    """
+
+    kernel: Any
+    chains: int
+    warmup: int | None
+    target_accept: float | None
+    metric: Metric
+    max_depth: int
+    step_size: float
+    thin: int
+    recorded: bool
+
+    @property
+    def wrap(self) -> Wrap:
+        """What makes straight-line functions fast, remembering what it gave."""
+        return functools.cache(record) if self.recorded else unwrapped
+
+
+def sampler_of(options: Options, target: LogDensity) -> Any:
+    """The sampler that the options describe."""
+    name, wrap, thin = options.kernel, options.wrap, options.thin
+    several = 250 if options.chains >= _FEW else 1000
+    warmup = several if options.warmup is None else options.warmup
+    dense = options.metric != "diagonal"
+    if name == "chees":
+        chees = ChEES()
+        learns = ChEESWarmup(chees, max(1, warmup), options.target_accept or 0.8, dense=dense)
+        return Pooled(chees, target, learns, wrap, thin)
+    if name == "meads":
+        return Pooled(MEADS(), target, MEADSWarmup(max(1, warmup), dense=dense), wrap, thin)
+    if name in ("ula", "sgld", "sghmc"):
+        plain: dict[str, Kernel] = {
+            "ula": ULA(),
+            "sgld": SGLD(Schedule(), rmsprop=0.99),
+            "sghmc": SGHMC(),
+        }
+        tune = functools.partial(untuned, step_size=options.step_size)
+        return Fixed(plain[name], target, warmup, wrap, tune, thin)
+    tuned: dict[str, tuple[Kernel, float]] = {
+        "nuts": (NUTS(max_depth=options.max_depth), 0.8),
+        "hmc": (HMC(), 0.651),
+        "mala": (MALA(), 0.574),
+        "random-walk": (RandomWalk(), 0.234),
+    }
+    kernel, accept = tuned[name] if isinstance(name, str) else (name, 0.8)
+    adaptation = Warmup(kernel, max(20, warmup), options.target_accept or accept, options.metric)
+    return Windowed(kernel, target, adaptation, wrap, thin)
