@@ -155,7 +155,7 @@ class Density:
         u = positions.detach().requires_grad_()
         with validating(False), torch.enable_grad():
             value = torch.vmap(self.log_density)(u)
-            (gradient,) = torch.autograd.grad(value.sum(), u)
+            gradient = _slope(value.sum(), u)
         return value.detach(), gradient
 
     def on_a_batch(self, positions: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -165,7 +165,7 @@ class Density:
         u = positions.detach().requires_grad_()
         with validating(False), torch.enable_grad(), ScaleRows(self.structure.data_plates, batch.scale):
             value = torch.vmap(lambda one: self.log_density(one, batch))(u)
-            (gradient,) = torch.autograd.grad(value.sum(), u)
+            gradient = _slope(value.sum(), u)
         return value.detach(), gradient
 
     def on_many(self, positions: Tensor, data: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -184,7 +184,7 @@ class Density:
 
         with validating(False), torch.enable_grad():
             value = torch.vmap(one)(u.reshape(sets, -1, u.shape[-1]), dict(data)).reshape(-1)
-            (gradient,) = torch.autograd.grad(value.sum(), u)
+            gradient = _slope(value.sum(), u)
         return value.detach(), gradient
 
     def given_choices(self, positions: Tensor, choices: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -192,7 +192,7 @@ class Density:
         u = positions.detach().requires_grad_()
         with validating(False), torch.enable_grad():
             value = torch.vmap(lambda one, held: self.log_density(one, given=held))(u, dict(choices))
-            (gradient,) = torch.autograd.grad(value.sum(), u)
+            gradient = _slope(value.sum(), u)
         return value.detach(), gradient
 
     def alone(self, position: Tensor) -> tuple[Tensor, Tensor]:
@@ -200,7 +200,7 @@ class Density:
         u = position.detach().requires_grad_()
         with validating(False), torch.enable_grad():
             value = self.log_density(u)
-            (gradient,) = torch.autograd.grad(value, u)
+            gradient = _slope(value, u)
         return value.detach(), gradient
 
     def one_by_one(self, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -259,6 +259,14 @@ class Density:
             except RuntimeError:  # a program that vmap cannot run
                 rows = len(next(iter(laid.values())))
                 return torch.stack([one({k: v[i] for k, v in laid.items()}) for i in range(rows)])
+
+
+def _slope(value: Tensor, u: Tensor) -> Tensor:
+    """The gradient; zero where the value does not depend on the vector."""
+    if not value.requires_grad:
+        return torch.zeros_like(u)
+    (gradient,) = torch.autograd.grad(value, u, allow_unused=True)
+    return torch.zeros_like(u) if gradient is None else gradient
 
 
 def _bijection(name: str, fn: Any) -> Any:

@@ -53,13 +53,14 @@ class Sampled:
         self.chains.extend(per)
         block = self.chains.ledger.read()
         chains = min(count, n)
-        picked = torch.arange(chains) * count // chains
+        picked = torch.randperm(count)[:chains].sort().values
         each, more = divmod(n, chains)
+        shift = float(torch.rand(()))  # which draws are left out is up to chance
 
         def gathered(values: Tensor) -> Tensor:
             parts = []
             for columns, k in ((picked[:more], each + 1), (picked[more:], each)):
-                rows = torch.arange(k) * min(per, len(values)) // k
+                rows = ((torch.arange(k) + shift) * min(per, len(values)) / max(k, 1)).long()
                 parts.append(values[rows][:, columns].transpose(0, 1).flatten(0, 1))
             return torch.cat(parts)
 
@@ -145,7 +146,8 @@ class Posterior:
             return
         drawn, done, self.fitted.draws = (int(x) for x in tensors["done"])
         chains = self.fitted.chains
-        template = chains.template()
+        with torch.random.fork_rng():
+            template = chains.template()
         template = chains.sampler.ready(template) if drawn else template
         leaves = iter([tensors[f"state/{i}"] for i in range(sum(k.startswith("state/") for k in tensors))])
         state = plain(_refilled(template, leaves))

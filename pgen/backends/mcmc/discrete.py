@@ -116,8 +116,7 @@ class InTurn:
 
     def begin(self, position: Tensor) -> Turning:
         """The state before warm-up, at positions `[C, d + m]`."""
-        d = self.density.size
-        q, z = position[:, :d], position[:, d:].long()
+        q, z = split(self.density, position)
         tuning = untuned(q, 0.1)
         averaging = DualAveraging(self.accept).init(tuning.step_size)
         return Turning(self.kernel.init((q, z), self.target), tuning, averaging, torch.tensor(0))
@@ -135,7 +134,7 @@ class InTurn:
             tuning = tuning._replace(step_size=averaging.step_size)
             moments = gathered(moments, positions)
         if end < self.warmup:
-            if end - done >= 10 and self.density.size:
+            if end - done >= 10:
                 tuning = tuning._replace(scale=scale_of(covariance(moments)))
             averaging = rule.init(averaging.averaged)
         tuning = tuning._replace(step_size=averaging.averaged)
@@ -164,14 +163,17 @@ def in_turn(
     relaxed = flips.binary and len(flips.cardinalities) > _MANY
 
     def continuous(q: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        if not density.size:  # kernels want something to move: a standard normal that nothing depends on
+            return density.given_choices(q[:, :0], flips.values(z))[0] - q.square().sum(-1) / 2, -q
         return density.given_choices(q, flips.values(z))
 
     def value(q: Tensor, z: Tensor) -> Tensor:
         with validating(False), torch.no_grad():
+            q = q[:, : density.size]
             return torch.vmap(lambda one, held: density.log_density(one, given=held))(q, flips.values(z))
 
     def slope(q: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        x = x.detach().requires_grad_()
+        x, q = x.detach().requires_grad_(), q[:, : density.size]
         with validating(False), torch.enable_grad():
             found = torch.vmap(lambda one, held: density.log_density(one, given=held))(q, flips.relaxed(x))
             (gradient,) = torch.autograd.grad(found.sum(), x)
@@ -190,8 +192,9 @@ def first_choices(flips: Flips, chains: int) -> Tensor:
 
 
 def split(density: Density, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """The vectors `[n, d]` and the indices `[n, m]` of positions."""
-    return positions[:, : density.size], positions[:, density.size :]
+    """The vectors `[n, d]` (`[n, 1]` where there is nothing to move) and the indices `[n, m]` of positions."""
+    width = max(1, density.size)
+    return positions[:, :width], positions[:, width:].long()
 
 
 def values_of(density: Density, flips: Flips, positions: Tensor) -> dict[str, Any]:
@@ -199,5 +202,5 @@ def values_of(density: Density, flips: Flips, positions: Tensor) -> dict[str, An
     q, z = split(density, positions)
     held = flips.values(z)
     with validating(False), torch.no_grad():
-        found = torch.vmap(density.value)(q.to(density.dtype), held)
+        found = torch.vmap(density.value)(q[:, : density.size].to(density.dtype), held)
     return {**held, **found}

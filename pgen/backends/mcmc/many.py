@@ -57,7 +57,7 @@ def many(
 
     sets = len(seen[0])
     torch.manual_seed(derive(seed, "many", "start"))
-    position = uniform(target, sets * chains, density, dtype)
+    position = uniform(target, sets * chains, density.size, density, dtype)
     pilot = _sampled(sampler(target), position, _PILOT)
     rows = pilot.unflatten(1, (sets, chains))
     spread = rows.transpose(0, 1).flatten(1, 2)
@@ -73,7 +73,9 @@ def many(
     positions = (centre + scale * x).unflatten(1, (sets, chains))  # [draws, R, C, d]
     flat = positions.permute(1, 2, 0, 3).flatten(0, 2).to(density.dtype)
     parts: dict[str, list[Tensor]] = {}
-    values = density.values if not density.finite else partial(_with_choices, density, data, len(flat) // sets)
+    values = (
+        density.values if not density.finite else partial(_with_choices, density, data, len(flat) // sets)
+    )
     for name, value in values(flat).items():
         parts[name] = list(value.unflatten(0, (sets, -1)))
     return [{name: value[r] for name, value in parts.items()} for r in range(sets)]

@@ -24,7 +24,7 @@ from pgen.backends.mcmc.evidence import evidence
 from pgen.backends.mcmc.ledger import Ledger, Memory, Shards
 from pgen.backends.mcmc.many import many
 from pgen.backends.mcmc.needs import Needs, needs, offer
-from pgen.backends.mcmc.samplers import KERNELS, Options, sampler_of
+from pgen.backends.mcmc.samplers import KERNELS, Idle, Options, sampler_of
 from pgen.capability import Offer, Refusal
 from pgen.density import Density, Functions, functions_of
 from pgen.errors import OptionError
@@ -183,6 +183,10 @@ class MCMC:
         recorded = run.compile is not False
         if found.flipped:
             parts = self._in_turn(density, lift, recorded)
+        elif not density.size:
+            functions = functions_of(density, recorded=recorded, lift=lift)
+            chains = self.chains or 4
+            parts = (functions, chains, Idle(chains), lambda: torch.zeros(chains, 0), functions.values)
         else:
             functions = functions_of(density, recorded=recorded, lift=lift)
             target = self._noisy(density, lift, run) if self._subsampled else functions.target
@@ -216,11 +220,9 @@ class MCMC:
 
         def begin() -> Tensor:
             z = first_choices(flips, chains)
+            target = partial(_given, sampler.target.continuous, z)
             q = start.uniform(
-                lambda q: sampler.target.continuous(q, z),
-                chains,
-                density,
-                torch.float64 if lift else density.dtype,
+                target, chains, max(1, density.size), density, torch.float64 if lift else density.dtype
             )
             return torch.cat([q, z.to(q.dtype)], 1)
 
@@ -236,7 +238,11 @@ class MCMC:
     def _sampler(self, options: Options, target: Any) -> Any:
         if self.kernel == "tempering":
             return Tempered(ParallelTempering(HMC(steps=8)), target, options.wrap, options.chains, self.thin)
-        return Particles(target, options.wrap, options.chains) if self.kernel == "smc" else sampler_of(options, target)
+        return (
+            Particles(target, options.wrap, options.chains)
+            if self.kernel == "smc"
+            else sampler_of(options, target)
+        )
 
     def _options(self, chains: int, recorded: bool) -> Options:
         return Options(
@@ -275,13 +281,17 @@ class MCMC:
         if not isinstance(self.init, str):
             return start.given(self.init.posterior(n=count, seed=0), count, density, dtype)
         ways = {"prior": start.prior, "pathfinder": start.pathfinder}
-        return ways.get(self.init, start.uniform)(target, count, density, dtype)
+        return ways.get(self.init, start.uniform)(target, count, density.size, density, dtype)
 
     def _ledger(self, run: Run, directory: Any, structure: Structure) -> Ledger:
         if directory is None:
             return Memory()
         terms = {"program": structure.name, "seed": run.seed, "backend": repr(replace(self, draws=None))}
         return Shards(Path(directory) / "chains", terms, run.checkpoint_every or 100)
+
+
+def _given(continuous: Any, z: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    return continuous(q, z)
 
 
 def _on_a_batch(density: Density, size: int, positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch.distributions import biject_to
 
 from pgen.capability import Capability, Exactness, Offer, Query, Rank, Refusal
-from pgen.choice import Paths, names_of, require
+from pgen.choice import Paths, learned_factor, names_of, require
 from pgen.conversion import exactness_of
 from pgen.factoring import outside_plates
 from pgen.structure import Site, Structure
@@ -44,20 +44,23 @@ def needs(
         enumerated: whether finite latents are summed out where they can be.
         subsampled: whether a plate may draw its rows at random.
     """
-    if not structure.latents:
-        return Refusal(
-            None,
-            "a latent site",
-            "nothing is left to sample: every site is observed. For the likelihood of the data use backend 'exact'",
-        )
+    refusal = learned_factor(structure)
+    if refusal is not None:
+        return refusal
     learned = [name for site in structure for name in site.params] or list(structure.params)
     if learned:
         return Refusal(
             next((s.name for s in structure if s.params), None),
             "a prior for its learned tensors",
             f"the program learns {learned[0]}{' and others' if len(set(learned)) > 1 else ''}; MCMC integrates over latents and optimises "
-            "nothing: make them sites (pyro.nn.PyroSample, pyro.random_module) or hold them fixed, as the program of another "
-            "fit does: pgen.fit(fitted.program, data, 'mcmc')",
+            "nothing: make them sites (pyro.nn.PyroSample) or hold them fixed, as the program of a fit does: "
+            "pgen.fit(fitted.program, data, 'mcmc')",
+        )
+    if not structure.latents:
+        return Refusal(
+            None,
+            "a latent site",
+            "nothing is left to sample: every site is observed",
         )
     paths = _densities(structure, via)
     if isinstance(paths, Refusal):

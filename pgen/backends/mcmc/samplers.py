@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from pgen.algorithms.adaptation.chees import ChEESWarmup
@@ -152,6 +153,33 @@ class Pooled:
             self.kernel, state.kernel, state.tuning, self.target, draws * self.thin, self.wrap
         )
         return Moving(inner, state.tuning), thinned(positions, info, self.thin)
+
+
+@dataclass
+class Idle:
+    """Nothing is left to move: every latent is drawn exactly, given no other."""
+
+    chains: int
+    warmup: int = 0
+
+    def begin(self, position: Tensor) -> Moving:
+        """No state."""
+        return Moving((), ())
+
+    def warm(self, state: Moving) -> tuple[Moving, int]:
+        """Nothing to learn."""
+        return state, 0
+
+    def ready(self, state: Moving) -> Moving:
+        """The same state."""
+        return state
+
+    def run(self, state: Moving, draws: int) -> tuple[Moving, Block]:
+        """Vectors of no length."""
+        one = torch.ones(draws, self.chains)
+        return state, Block(
+            torch.zeros(draws, self.chains, 0), {"acceptance_rate": one, "diverging": one > 1}
+        )
 
 
 def thinned(positions: Tensor, info: Any, thin: int) -> Block:

@@ -18,13 +18,13 @@ _TRIES = 100
 _RADIUS = 2.0  # Stan's: unconstrained values uniform on (-2, 2)
 
 
-def uniform(target: Target, chains: int, density: Density, dtype: torch.dtype) -> Tensor:
+def uniform(target: Target, chains: int, size: int, density: Density, dtype: torch.dtype) -> Tensor:
     """Independent uniform vectors on (-2, 2), drawn again where the density or its gradient is not finite.
 
     Raises:
         ProgramError: a hundred rounds, in ever smaller boxes, did not give one finite point.
     """
-    size, device = density.size, density.problem.device
+    device = density.problem.device
 
     def propose(attempt: int) -> Tensor:
         radius = _RADIUS * 0.9**attempt
@@ -33,7 +33,7 @@ def uniform(target: Target, chains: int, density: Density, dtype: torch.dtype) -
     return _finite(target, propose, density)
 
 
-def prior(target: Target, chains: int, density: Density, dtype: torch.dtype) -> Tensor:
+def prior(target: Target, chains: int, size: int, density: Density, dtype: torch.dtype) -> Tensor:
     """Independent draws of the prior."""
 
     def propose(attempt: int) -> Tensor:
@@ -43,9 +43,9 @@ def prior(target: Target, chains: int, density: Density, dtype: torch.dtype) -> 
     return _finite(target, propose, density)
 
 
-def pathfinder(target: Target, chains: int, density: Density, dtype: torch.dtype) -> Tensor:
+def pathfinder(target: Target, chains: int, size: int, density: Density, dtype: torch.dtype) -> Tensor:
     """Draws of normals along the way to the mode, found from uniform starts, resampled by their weights."""
-    return Pathfinder().run(uniform(target, min(chains, 16), density, dtype), target, chains).position
+    return Pathfinder().run(uniform(target, min(chains, 16), size, density, dtype), target, chains).position
 
 
 def given(values: Mapping[str, Any], chains: int, density: Density, dtype: torch.dtype) -> Tensor:
