@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from numbers import Integral
@@ -21,10 +21,14 @@ from pgen.history import History
 from pgen.inspection import inspect_problem
 from pgen.isolation import isolated, seed_or_fresh
 from pgen.parameters import Parameters
+from pgen.predictive import log_likelihood
+from pgen.predictive import predictive as predictive_draws
 from pgen.problem import Data, Problem
 from pgen.protocols import Answers, Backend
 from pgen.structure import Structure
+from pgen.summary import Summary
 
+_SUMMARIZED = 4000  # draws that a summary is made of, where the fit holds none
 _KEEP_BYTES = (
     16 * 2**20
 )  # training data up to this size is saved with the fit, so that queries without data go on working
@@ -145,6 +149,64 @@ class Fitted:
         with self._isolated(seed):
             problem, structure = self._asked(data)
             return dict(self._answers.marginals(problem, structure))
+
+    def draws(self) -> Draws:
+        """Every draw that the fit holds; `posterior(n=4000)` where it holds none (it draws them when asked)."""
+        held: Callable[[], Draws] | None = getattr(self._answers, "everything", None)
+        if held is None:
+            return self.posterior(n=_SUMMARIZED, seed=self.seed)
+        with self._isolated(self.seed):
+            return held()
+
+    def summary(self, probs: Sequence[float] = (0.05, 0.5, 0.95)) -> Summary:
+        """Mean, spread, quantiles and Monte Carlo errors of every unobserved scalar, given the fitted data; what is wrong.
+
+        Prints as a table. Its `warnings` say what, how badly, and what to try.
+        """
+        return self.draws().summary(probs)
+
+    def to_arviz(self, n: int | None = None, *, predictive: bool = False) -> Any:
+        """The posterior as an ArviZ DataTree, chains kept apart, with statistics, pointwise log likelihood and data.
+
+        Args:
+            n: draws, evenly over the chains; None: 4,000, or all if there are fewer.
+            predictive: also draw the observed sites anew, for each draw of the posterior.
+        """
+        drawn = self.posterior(n=n or _SUMMARIZED, seed=self.seed)
+        with self._isolated(self.seed):
+            terms = log_likelihood(self.problem, self.structure, drawn)
+            anew = predictive_draws(self.problem, self.structure, drawn) if predictive else None
+        seen = {k: v for k, v in self.problem.observations.items() if k in self.structure.sites}
+        return replace(drawn, log_likelihood=terms).to_arviz(observed=seen or None, predictive=anew)
+
+    def predictive(self, data: Data = None, n: int = 1000, *, seed: int | None = None) -> dict[str, Tensor]:
+        """New data sets: for each of `n` posterior draws, all observed sites drawn anew, `[n, *site shape]` each.
+
+        Args:
+            data: given which the latents are drawn, and whose inputs the program is run with; None: the fitted data.
+            n: draws.
+            seed: makes them repeatable.
+        """
+        drawn = self.posterior(data, n, seed=seed)
+        with self._isolated(seed):
+            problem, structure = self._asked(data)
+            return predictive_draws(problem, structure, drawn)
+
+    def resume(self, more: int) -> Fitted:
+        """Continue where the fit stopped, by so many draws of every chain: the same as if it had never stopped.
+
+        Raises:
+            Unanswerable: the backend keeps no state that could go on.
+        """
+        go_on: Callable[[int], None] | None = getattr(self._answers, "resume", None)
+        if go_on is None:
+            raise Unanswerable(
+                f"backend {self.backend.name!r} keeps no chains to continue; fit again, or use backend 'mcmc'"
+            )
+        more = _count("more", more)
+        with self._isolated(self.seed):
+            go_on(more)
+        return self
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the fit to a folder: safetensors, JSON and checksums; nothing in it is ever executed.

@@ -6,12 +6,21 @@ import math
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from pgen.advice import coordinate
+from pgen.draws import Draws
 from pgen.errors import DataError, PgenError
+from pgen.metrics.chains import e_bfmi
+
+if TYPE_CHECKING:
+    from pgen.testing import Calibration
+
+_CHAINS = 8  # chains drawn one by one; of more, so many, evenly over all
+_PANELS = 12  # scalars in one picture, at most
 
 
 def image_grid(
@@ -130,6 +139,184 @@ def scatter(samples: Mapping[str, Tensor], path: str | Path, *, reach: float | N
         axes.set(xlim=(-edge, edge), ylim=(-edge, edge), aspect="equal", title=title)
     figure.tight_layout()
     return _write(figure, path)
+
+
+def rank_ecdf(calibration: Calibration, path: str | Path, *, quantities: Sequence[str] | None = None) -> Path:
+    """Draw, for each quantity, the ECDF of its ranks minus that of uniform ones, and the band that it should stay in.
+
+    A posterior that is too narrow gives a curve that goes up and then down, one that is too wide the reverse; one that
+    is too low lies below zero throughout, one that is too high above.
+
+    Args:
+        calibration: what `pgen.testing.sbc` gave.
+        path: where to write.
+        quantities: names of those to draw; None for all, the worst first where there are more than 24.
+
+    Returns:
+        The path.
+
+    Raises:
+        DataError: a name is not one of its quantities.
+        PgenError: matplotlib is not installed.
+
+    References:
+        Säilynoja, Bürkner & Vehtari (2022), Statistics and Computing 32(2).
+    """
+    rows = sorted(calibration.rows, key=lambda row: row.p) if len(calibration) > 24 else list(calibration)
+    known = [row.quantity for row in rows]
+    unknown = [name for name in quantities or () if name not in known]
+    if unknown:
+        raise DataError(f"rank_ecdf: no quantity {unknown[0]!r}; there are {', '.join(known)}")
+    shown = [row for row in rows if quantities is None or row.quantity in quantities][:24]
+    at, low, high = calibration.band()
+    columns = min(len(shown), 4)
+    lines = math.ceil(len(shown) / columns)
+    figure = _empty_figure(width=2.6 * columns, height=2.1 * lines + 0.3)
+    panels = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).flatten()
+    for axes, row in zip(panels, shown, strict=False):
+        axes.fill_between(at, low - at, high - at, color="0.88", linewidth=0)
+        axes.axhline(0.0, color="0.6", linewidth=0.6)
+        color = "tab:blue" if row.passed else "tab:red"
+        axes.plot(at, calibration.ecdf(row.quantity) - at, color=color, linewidth=1.0, drawstyle="steps-post")
+        axes.set_title(row.quantity if row.passed else f"{row.quantity}\n{row.verdict}", fontsize=7)
+        axes.tick_params(labelsize=6)
+    for axes in panels[len(shown) :]:
+        axes.set_axis_off()
+    figure.supxlabel("rank of the truth / number of draws", fontsize=7)
+    figure.supylabel("ECDF minus uniform", fontsize=7)
+    figure.tight_layout()
+    return _write(figure, path)
+
+
+def traces(draws: Draws, path: str | Path, names: Sequence[str] | None = None) -> Path:
+    """Draw each scalar's chains over their draws, and beside it how the ranks of every chain are distributed.
+
+    Chains that agree have ranks that are uniform up to chance (Vehtari et al. 2021); the grey band holds each bar
+    with probability 99 %, if draws were independent.
+
+    Args:
+        draws: from Markov chains.
+        path: where to write.
+        names: scalars (`"theta[3]"`) or sites (`"theta"`); None for the six scalars with the worst R-hat.
+
+    Returns:
+        The path.
+
+    Raises:
+        DataError: there is no scalar or site of that name, or there are more than 12 scalars.
+        PgenError: matplotlib is not installed.
+    """
+    scalars = _scalars(draws, names, most=6)
+    figure = _empty_figure(width=8.0, height=1.6 * len(scalars))
+    panels = figure.subplots(len(scalars), 2, squeeze=False, width_ratios=(2, 1))
+    for (left, right), (name, x) in zip(panels, scalars.items(), strict=True):
+        chains, count = x.shape
+        bins = max(2, min(20, count // 10))
+        ranks = x.flatten().argsort().argsort().reshape(x.shape) * bins // x.numel()
+        expected = count / bins
+        reach = 2.58 * math.sqrt(expected * (1 - 1 / bins))
+        right.axhspan(expected - reach, expected + reach, color="0.9", linewidth=0)
+        for c in range(0, chains, math.ceil(chains / _CHAINS)):
+            left.plot(x[c], linewidth=0.5, alpha=0.8)
+            right.stairs(torch.bincount(ranks[c], minlength=bins), linewidth=1.0)
+        left.set_ylabel(name, fontsize=8)
+        right.set(yticks=[], ylim=(0, None))
+        for axes in (left, right):
+            axes.tick_params(labelsize=7)
+    panels[-1, 0].set_xlabel("draw", fontsize=8)
+    panels[-1, 1].set_xlabel("rank", fontsize=8)
+    figure.tight_layout()
+    return _write(figure, path)
+
+
+def pairs(draws: Draws, path: str | Path, names: Sequence[str] | None = None) -> Path:
+    """Draw scalars against each other, divergent draws in red on top: where those gather, the chains do not go.
+
+    Args:
+        draws: from any posterior; `stats["diverging"]` marks the divergent ones, if there is such.
+        path: where to write.
+        names: scalars (`"theta[3]"`) or sites (`"theta"`); None for the four scalars with the worst R-hat.
+
+    Returns:
+        The path.
+
+    Raises:
+        DataError: there is no scalar or site of that name, or there are more than 12 scalars.
+        PgenError: matplotlib is not installed.
+    """
+    scalars = {name: x.flatten() for name, x in _scalars(draws, names, most=4).items()}
+    flags = draws.by_chain(draws.stats).get("diverging")
+    bad = torch.zeros(next(iter(scalars.values())).shape, dtype=torch.bool)
+    bad = bad if flags is None else flags.flatten().bool().cpu()
+    figure = _empty_figure(width=1.8 * len(scalars) + 0.6, height=1.8 * len(scalars) + 0.4)
+    panels = figure.subplots(len(scalars), len(scalars), squeeze=False, sharex="col")
+    for i, (below, y) in enumerate(scalars.items()):
+        for j, (beside, x) in enumerate(scalars.items()):
+            axes = panels[i, j]
+            axes.tick_params(labelsize=6)
+            if j > i:
+                axes.set_axis_off()
+            elif j == i:
+                axes.hist(x.numpy(), bins=40, histtype="step", linewidth=1.0)
+                axes.set_yticks([])
+            else:
+                axes.scatter(x[~bad], y[~bad], s=2.0, linewidths=0, alpha=0.3)
+                axes.scatter(x[bad], y[bad], s=6.0, linewidths=0, color="red")
+            if i == len(scalars) - 1:
+                axes.set_xlabel(beside, fontsize=8)
+        panels[i, 0].set_ylabel(below, fontsize=8)
+    figure.tight_layout()
+    return _write(figure, path)
+
+
+def energies(draws: Draws, path: str | Path) -> Path:
+    """Draw how energies are distributed, and how they change from draw to draw: the second as wide as the first is well.
+
+    Args:
+        draws: with `stats["energy"]`.
+        path: where to write.
+
+    Returns:
+        The path.
+
+    Raises:
+        DataError: the draws carry no energies.
+        PgenError: matplotlib is not installed.
+    """
+    if "energy" not in draws.stats:
+        raise DataError(
+            f"energies: the draws carry {', '.join(draws.stats) or 'no statistics'}, no energy; only Hamiltonian kernels "
+            "leave one"
+        )
+    energy = draws.by_chain({"energy": draws.stats["energy"]})["energy"].double().cpu()
+    figure, axes = _figure(width=5.0, height=3.0)
+    for x, label in ((energy - energy.mean(), "energy"), (energy.diff(dim=-1), "change")):
+        axes.hist(x.flatten().numpy(), bins=60, density=True, alpha=0.5, label=label)
+    axes.set(xlabel="nats", yticks=[], title=f"least E-BFMI {float(e_bfmi(energy).min()):.2f}")
+    axes.legend(frameon=False)
+    figure.tight_layout()
+    return _write(figure, path)
+
+
+def _scalars(draws: Draws, names: Sequence[str] | None, most: int) -> dict[str, Tensor]:
+    """Chains of scalars by name, `[chains, draws]` each."""
+    if names is None:
+        rows = sorted(draws.summary(()).rows, key=lambda r: -r.r_hat if math.isfinite(r.r_hat) else 0.0)
+        names = [r.name for r in rows[:most]]
+    found: dict[str, Tensor] = {}
+    for site, x in draws.by_chain().items():
+        shape, flat = x.shape[2:], x.reshape(*x.shape[:2], math.prod(x.shape[2:])).cpu()
+        places = {coordinate(site, i, shape): i for i in range(flat.shape[-1])}
+        chosen = [c for c in places if site in names or c in names]
+        found |= {c: flat[..., places[c]] for c in chosen}
+    strange = [n for n in names if n not in found and not (n in draws and draws[n][0].numel())]
+    if strange or not 0 < len(found) <= _PANELS:
+        shapes = ", ".join(f"{s} {list(v.shape[1:])}" for s, v in draws.items())
+        problem = f"no {strange[0]!r}" if strange else f"{len(found)} scalars"
+        raise DataError(
+            f"{problem}; name 1 to {_PANELS} of the scalars, such as 'theta[3]', of the sites: {shapes}"
+        )
+    return found
 
 
 def _empty_figure(width: float, height: float) -> Any:

@@ -37,7 +37,8 @@ def draw(
     shared = [s for s in structure.latents if not structure.local(s)]
     with torch.no_grad():
         if structure.data_plates and not shared:
-            trace = poutine.trace(_substituted(problem.forward(n), given or {})).get_trace()
+            values = {s: _to_rows(v, structure, s) for s, v in (given or {}).items()}
+            trace = poutine.trace(_substituted(problem.forward(n), values)).get_trace()
             return {s: _rows(trace.nodes[s]["value"], structure, s, n) for s in _drawn(structure)}
         if not vectorizes(problem, structure):
             return _loop(problem, structure, n, given)
@@ -100,10 +101,13 @@ def vectorizes(problem: Problem, structure: Structure) -> bool:
     return True
 
 
-def split(value: Tensor, structure: Structure, site: str) -> Tensor:
-    """A value drawn under `particles`, as [n, *batch_shape, *event_shape] of the site alone."""
+def split(value: Tensor, structure: Structure, site: str, event: int | None = None) -> Tensor:
+    """A value drawn under `particles`, as [n, *batch_shape, *event_shape] of the site alone.
+
+    `event` is the number of event dimensions of the value: those of the site, unless it is a log probability.
+    """
     law = structure.sites[site]
-    event = len(law.event_shape)
+    event = len(law.event_shape) if event is None else event
     lead = value.dim() - event - structure.nesting
     batch = value.shape[max(lead, 0) : value.dim() - event]
     natural = batch[len(batch) - len(law.batch_shape) :]
@@ -132,6 +136,13 @@ def _rows(value: Tensor, structure: Structure, site: str, n: int) -> Tensor:
     """A value of one run on n rows, rows first; what has no rows is the same for all."""
     axis = _row_axis(value, structure, site)
     return value.expand((n, *value.shape)) if axis is None else value.movedim(axis, 0)
+
+
+def _to_rows(value: Tensor, structure: Structure, site: str) -> Tensor:
+    """The reverse: values [n, ...], one for each row, with the rows where the program has them."""
+    law = structure.sites[site]
+    plate = next((structure.plates[p] for p in law.plates if p in structure.data_plates), None)
+    return value if plate is None else value.movedim(0, len(law.batch_shape) + plate.dim)
 
 
 def _row_axis(value: Tensor, structure: Structure, site: str) -> int | None:

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from pgen import pictures
+from pgen.draws import Draws
 from pgen.errors import DataError, PgenError
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -59,3 +60,37 @@ def test_without_matplotlib_it_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setattr(pictures, "import_module", missing)
     with pytest.raises(PgenError, match=r"pip install 'pgen-ppl\[plots\]'"):
         pictures.image_grid(torch.rand(3, 64), tmp_path / "a.png")
+
+
+def markov(n=400, **stats):
+    flags = torch.rand(n) < 0.1
+    return Draws(
+        {"mu": torch.randn(n), "theta": torch.randn(n, 14)}, chains=4, stats={"diverging": flags, **stats}
+    )
+
+
+def test_pictures_of_chains(tmp_path):
+    draws = markov(energy=torch.randn(400))
+    assert pictures.traces(draws, tmp_path / "a.png").read_bytes().startswith(PNG)
+    assert pictures.traces(draws, tmp_path / "b.png", ["mu", "theta[13]"]).read_bytes().startswith(PNG)
+    assert pictures.pairs(draws, tmp_path / "c.png").read_bytes().startswith(PNG)
+    assert pictures.pairs(Draws({"z": torch.randn(30, 2)}), tmp_path / "d.png", ["z"]).exists()
+    assert pictures.energies(draws, tmp_path / "e.png").read_bytes().startswith(PNG)
+    many = Draws({"mu": torch.randn(20 * 60)}, chains=60)
+    assert pictures.traces(many, tmp_path / "f.png").exists()
+
+
+def test_scalars_are_found_by_name():
+    draws = markov()
+    found = pictures._scalars(draws, ["theta[3]", "mu"], most=6)
+    assert torch.equal(found["theta[3]"].flatten(), draws["theta"][:, 3])
+    assert list(pictures._scalars(draws, None, most=6)) != []
+    with pytest.raises(DataError, match=r"no 'tau'; name 1 to 12 of the scalars.*theta \[14\]"):
+        pictures._scalars(draws, ["tau"], most=6)
+    with pytest.raises(DataError, match="14 scalars; name 1 to 12"):
+        pictures._scalars(draws, ["theta"], most=6)
+
+
+def test_energies_need_energies(tmp_path):
+    with pytest.raises(DataError, match="the draws carry diverging, no energy"):
+        pictures.energies(markov(), tmp_path / "a.png")

@@ -187,3 +187,40 @@ def test_observed_scalars_per_row():
     assert observed_scalars(*bind(groups, {"x": torch.randn(6, 4)})) == 4
     assert observed_scalars(*bind(fixed, {"x": torch.randn(5)})) == 5
     assert observed_scalars(*bind(local, {"z": torch.randn(4, 2), "x": torch.randn(4)})) == 3
+
+
+# --- vectors outside the plate of the rows ---
+
+
+def vectors(covariates):
+    w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    with pyro.plate("data", len(covariates)):
+        pyro.sample("y", dist.Normal(covariates * w, 0.01).to_event(1))
+
+
+@pytest.mark.parametrize("rows", [2, 3, 5])
+@pytest.mark.parametrize("n", [2, 3, 5])
+def test_vectors_meet_their_own_row(rows, n):
+    """Pyro's parallel Predictive counts event dimensions as plates; as many draws as rows, or entries, would hide it."""
+    x = torch.arange(3.0 * rows).reshape(rows, 3) + 1
+    problem, structure = bind(vectors, {"covariates": x, "y": torch.zeros(rows, 3)})
+    assert vectorizes(problem, structure)
+    w = torch.tensor([1.0, -10.0, 100.0]) * (torch.arange(n) + 1.0)[:, None]
+    drawn = draw(problem, structure, n, given={"w": w})
+    assert torch.equal(drawn["w"], w)
+    torch.testing.assert_close(drawn["y"], x[torch.arange(n) % rows] * w, atol=0.1, rtol=0.0)
+
+
+def within(n):  # the rows are the last batch dimension, not the first
+    with pyro.plate("data", n, dim=-1), pyro.plate("repeats", 3, dim=-2):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 0.01))
+
+
+@pytest.mark.parametrize("n", [2, 3, 5])
+def test_values_of_rows_are_given_back_as_they_came(n):
+    problem, structure = bind(within, {"x": torch.randn(3, 3)})
+    z = torch.arange(3.0 * n).reshape(n, 3)
+    drawn = draw(problem, structure, n, given={"z": z}) if structure.data_plates else {"z": z, "x": z}
+    assert torch.equal(drawn["z"], z)
+    torch.testing.assert_close(drawn["x"], z, atol=0.1, rtol=0.0)

@@ -147,9 +147,16 @@ def marginals(graph: FactorGraph, *, max_table: int = MAX_TABLE) -> dict[str, Te
 
 
 def sample(
-    graph: FactorGraph, n: int, *, max_table: int = MAX_TABLE, generator: torch.Generator | None = None
+    graph: FactorGraph,
+    n: int,
+    *,
+    max_table: int = MAX_TABLE,
+    generator: torch.Generator | None = None,
+    check: bool = True,
 ) -> dict[str, Tensor]:
     """Exact joint draws: the elimination run backwards, each variable given those eliminated after it.
+
+    Without `check`, impossible evidence is not looked for (under `vmap` it cannot be), and gives meaningless draws.
 
     Returns:
         For each variable the indices of its values, an integer tensor [n, *keep, *plates].
@@ -164,7 +171,8 @@ def sample(
     tables: list[Tensor] = []
     with torch.no_grad():
         total = _execute(plan, [factor.log for factor in graph.factors], tables)
-        _refuse_impossible(total)
+        if check:
+            _refuse_impossible(total)
         sums = [step for step in plan.steps if step.variable is not None]
         widest = max((_width(graph, plan, step) for step in sums), default=1)
         chunk = max(1, max_table // widest)
@@ -212,10 +220,11 @@ def _backward(
                 index.append(torch.arange(plan.sizes[name], device=table.device).reshape(shape))
         logits = table[tuple(index)] if index else table
         logits = logits.expand(n, *(plan.sizes[plate] for plate in dims), table.shape[-1])
-        noise = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-        noise.exponential_(generator=generator)
+        # Exponential by its quantile function, as vmap can batch it; in double precision, for the tail.
+        uniform = torch.rand(logits.shape, dtype=torch.float64, device=logits.device, generator=generator)
+        noise = -torch.log1p(-uniform)
         # Gumbel-max: exact for log-weights that need no normalising; -inf is never the largest.
-        values[step.variable] = (logits - noise.log()).argmax(-1)
+        values[step.variable] = (logits - noise.clamp_min(1e-300).log()).argmax(-1)
     return values
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from pgen.algorithms.kernels.base import Kernel
 from pgen.algorithms.kernels.hmc import HMC
-from pgen.algorithms.record import Recorded
+from pgen.algorithms.kernels.stochastic import SGHMC, SGLD
+from pgen.algorithms.record import NotRecorded, Recorded
 from pgen.algorithms.tempering import ParallelTempering
 from pgen.backends.mcmc import start
 from pgen.backends.mcmc.annealed import Particles, Tempered
@@ -131,7 +133,7 @@ class MCMC:
 
     @property
     def _subsampled(self) -> bool:
-        return self.kernel in ("sgld", "sghmc")
+        return self.kernel in ("sgld", "sghmc") or isinstance(self.kernel, (SGLD, SGHMC))
 
     def examine(self, structure: Structure) -> Offer | Refusal:
         """Needs a density at every site, and latents that are continuous or finite."""
@@ -195,6 +197,11 @@ class MCMC:
             begin = partial(self._start, functions.target, chains, density, dtype)
             parts = (functions, chains, sampler, begin, functions.values)
         functions, chains, sampler, begin, read = parts
+        if recorded and functions.way != "recorded":
+            slow = "for one chain after the other" if functions.way == "in turn" else "as it is written"
+            warnings.warn(
+                f"{structure.name} runs {slow}, more slowly: {functions.why}", NotRecorded, stacklevel=4
+            )
         ledger = self._ledger(run, directory, structure)
         return Sampled(
             problem,

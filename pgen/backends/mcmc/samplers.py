@@ -20,7 +20,7 @@ from pgen.algorithms.kernels.iterate import Wrap, iterate, unwrapped
 from pgen.algorithms.kernels.langevin import MALA, ULA
 from pgen.algorithms.kernels.meads import MEADS
 from pgen.algorithms.kernels.nuts import NUTS
-from pgen.algorithms.kernels.stochastic import SGHMC, SGLD, Schedule
+from pgen.algorithms.kernels.stochastic import SGHMC, SGLD
 from pgen.algorithms.kernels.walk import RandomWalk
 from pgen.algorithms.record import record
 from pgen.backends.mcmc.ledger import Block
@@ -189,8 +189,8 @@ def thinned(positions: Tensor, info: Any, thin: int) -> Block:
     return Block(positions[last], stats)
 
 
-HAMILTONIAN = ("nuts", "hmc", "chees", "meads")
-KERNELS = (*HAMILTONIAN, "mala", "ula", "random-walk", "sgld", "sghmc", "tempering", "smc")
+UNADJUSTED: dict[str, Kernel] = {"ula": ULA(), "sgld": SGLD(), "sghmc": SGHMC()}
+KERNELS = ("nuts", "hmc", "chees", "meads", "mala", "random-walk", *UNADJUSTED, "tempering", "smc")
 
 
 @dataclass(frozen=True)
@@ -237,14 +237,10 @@ def sampler_of(options: Options, target: LogDensity) -> Any:
         return Pooled(chees, target, learns, wrap, thin)
     if name == "meads":
         return Pooled(MEADS(), target, MEADSWarmup(max(1, warmup), dense=dense), wrap, thin)
-    if name in ("ula", "sgld", "sghmc"):
-        plain: dict[str, Kernel] = {
-            "ula": ULA(),
-            "sgld": SGLD(Schedule(), rmsprop=0.99),
-            "sghmc": SGHMC(),
-        }
+    kernel = UNADJUSTED[name] if isinstance(name, str) and name in UNADJUSTED else name
+    if isinstance(kernel, (ULA, SGLD, SGHMC)):
         tune = functools.partial(untuned, step_size=options.step_size)
-        return Fixed(plain[name], target, warmup, wrap, tune, thin)
+        return Fixed(kernel, target, warmup, wrap, tune, thin)
     tuned: dict[str, tuple[Kernel, float]] = {
         "nuts": (NUTS(max_depth=options.max_depth), 0.8),
         "hmc": (HMC(), 0.651),
