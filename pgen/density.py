@@ -27,7 +27,7 @@ from pgen.algorithms.sum_product import log_partition, sample
 from pgen.capability import Capability
 from pgen.enumeration import enumerate_sites
 from pgen.errors import ProgramError
-from pgen.handlers import ScaleRows, Substitute
+from pgen.handlers import ScaleRows, Substitute, only_named
 from pgen.isolation import validating
 from pgen.problem import Problem
 from pgen.structure import Structure
@@ -309,7 +309,7 @@ class _Free(Messenger):
 
     def _pyro_post_sample(self, msg: Any) -> None:
         fn = msg["fn"]
-        if (msg["infer"] or {}).get("_deterministic"):
+        if only_named(msg):
             self.values[msg["name"]] = msg["value"]
             return
         if not self.weigh or type(fn).__name__ == "_Subsample":

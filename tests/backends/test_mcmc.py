@@ -283,14 +283,14 @@ def test_refusals_name_the_site():
 def test_a_program_without_a_possible_start_says_so():
     def impossible():
         x = pyro.sample("x", dist.Normal(0.0, 1.0))
-        pyro.sample("y", dist.Normal(x * math.nan, 1.0), obs=torch.tensor(1.0))
+        pyro.sample("y", dist.Uniform(0.0, 1.0, validate_args=False), obs=torch.tensor(2.0))
+        pyro.factor("never", x * 0 - math.inf)
 
-    with pytest.raises(ProgramError, match="no starting point"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with pytest.raises(ProgramError, match="no starting point"):
         pgen.fit(impossible, None, pgen.backend("mcmc", chains=4))
 
 
 def test_explain_says_what_is_done_to_each_latent():
     (row,) = [r for r in pgen.explain(mixture, torch.zeros(3)) if r.backend == "mcmc"]
-    assert "m moved by nuts" in row.answer.why
+    assert "m moved by chees" in row.answer.why
     assert "z summed out exactly" in row.answer.why

@@ -95,6 +95,10 @@ class Tempered:
         )
         return Columns(replicas, tuning, state.reference, state.done + 1), steps
 
+    def warmed(self, state: Columns) -> bool:
+        """Whether all rounds are done."""
+        return int(state.done) >= _ROUNDS
+
     def ready(self, state: Columns) -> Columns:
         """The same state."""
         return state
@@ -130,6 +134,10 @@ class Particles:
     def warm(self, state: Moving) -> tuple[Moving, int]:
         """Nothing to learn beforehand."""
         return state, 0
+
+    def warmed(self, state: Moving) -> bool:
+        """Always."""
+        return True
 
     def ready(self, state: Moving) -> Moving:
         """The same state."""

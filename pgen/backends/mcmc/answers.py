@@ -66,6 +66,15 @@ class Sampled:
 
         return gathered(block.positions), {k: gathered(v) for k, v in block.stats.items()}, chains
 
+    def heights(self, positions: Tensor) -> dict[str, Tensor]:
+        """Log densities at positions `[n, d]`, on unconstrained vectors, finite latents summed out: `lp`."""
+        if self.density.held or not self.density.size:
+            return {}
+        size = self.chains.count  # rows that the target is recorded for
+        whole = torch.cat([positions, positions[:1].expand(-len(positions) % size, -1)])
+        found = [self.functions.target(part.contiguous())[0] for part in whole.split(size)]
+        return {"lp": torch.cat(found)[: len(positions)]}
+
     def values(self, positions: Tensor) -> dict[str, Tensor]:
         """Values of all latents and deterministic sites at vectors `[n, d]`, in the types of the program."""
         found = self.read(positions)
@@ -109,6 +118,7 @@ class Posterior:
         """Draws of the chains; they are continued where more are asked for."""
         sampled = self._of(problem, structure)
         positions, stats, chains = sampled.positions(n)
+        stats = {**stats, **sampled.heights(positions)}
         return Draws(sampled.values(positions), chains=chains, stats=stats)
 
     def everything(self) -> Draws:

@@ -32,7 +32,7 @@ class Sampler(Protocol):
 
     @property
     def warmup(self) -> int:
-        """Iterations of warm-up."""
+        """Iterations of warm-up, as far as is known beforehand."""
         ...
 
     def begin(self, position: Tensor) -> Any:
@@ -41,6 +41,10 @@ class Sampler(Protocol):
 
     def warm(self, state: Any) -> tuple[Any, int]:
         """A block of the warm-up, and how many iterations it took."""
+        ...
+
+    def warmed(self, state: Any) -> bool:
+        """Whether the warm-up is over."""
         ...
 
     def ready(self, state: Any) -> Any:
@@ -80,8 +84,11 @@ class Chains:
 
     def extend(self, draws: int) -> None:
         """Go on until every chain has at least so many draws; Ctrl-C keeps those that are there."""
+        last = self.ledger.last()
+        if last is not None and last[0] == "draws" and last[1] >= draws:
+            return
         begun = self.template()
-        phase, done, saved = self.ledger.last() or ("warmup", 0, plain(begun))
+        phase, done, saved = last or ("warmup", 0, plain(begun))
         try:
             if phase == "warmup":
                 saved, done = self._warmed(typed(saved, begun), done), 0
@@ -99,7 +106,7 @@ class Chains:
 
     def _warmed(self, state: Any, done: int) -> Any:
         began = time.perf_counter()
-        while done < self.sampler.warmup:
+        while not self.sampler.warmed(state):
             torch.manual_seed(derive(self.seed, "mcmc", "warmup", done))
             state, iterations = self.sampler.warm(state)
             done += iterations

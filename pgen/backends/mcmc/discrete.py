@@ -140,6 +140,10 @@ class InTurn:
         tuning = tuning._replace(step_size=averaging.averaged)
         return Turning(inner, tuning, averaging, torch.tensor(end)), end - done
 
+    def warmed(self, state: Turning) -> bool:
+        """Whether all windows are done."""
+        return int(state.done) >= self.warmup
+
     def ready(self, state: Turning) -> Moving:
         """The state before the first draw."""
         return Moving(state.state, state.tuning)

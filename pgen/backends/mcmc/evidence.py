@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
 from pgen.algorithms.annealing import TemperedSMC, cloud_scale, evidence_below
-from pgen.algorithms.kernels.base import pull, push
 from pgen.algorithms.kernels.hmc import HMC
-from pgen.algorithms.path import Path, gaussian
+from pgen.algorithms.path import Path, as_written, gaussian
 from pgen.algorithms.record import record
 from pgen.backends.mcmc.answers import Sampled
 from pgen.capability import Estimate, Exactness
@@ -26,18 +22,11 @@ def evidence(islands: int, sampled: Sampled) -> Estimate:
     """
     positions, _, _ = sampled.positions(_DRAWS)
     weight = positions.new_full((len(positions),), 1 / len(positions))
-    mean = positions.mean(0)
     scale = _WIDER * cloud_scale(positions, weight, dense=positions.shape[1] <= 200)
-    volume = (scale if scale.dim() == 1 else scale.diagonal()).log().sum()
-
-    def target(x: Tensor) -> tuple[Tensor, Tensor]:
-        value, gradient = sampled.functions.target(mean + push(scale, x))
-        return value + volume, pull(scale, gradient)
-
-    reference, sample = gaussian(torch.zeros_like(mean), torch.ones_like(mean))
+    path = Path(sampled.functions.target, *gaussian(positions.mean(0), scale))
     smc = TemperedSMC(HMC(steps=4), particles=_PARTICLES, islands=islands, moves=2, accept=0.8)
-    fast = record if sampled.functions.way == "recorded" else lambda fn: fn
-    arrived = smc.run(Path(target, reference, sample), record=fast)
+    fast = record if sampled.functions.way == "recorded" else as_written
+    arrived = smc.run(path, record=fast)
     found = evidence_below(arrived.log_evidence)
     return Estimate(
         found.estimate.reshape(1),

@@ -82,10 +82,9 @@ def many(
 
 
 def _sampled(sampler: Any, position: Tensor, draws: int) -> Tensor:
-    state, done = sampler.begin(position), 0
-    while done < sampler.warmup:
-        state, iterations = sampler.warm(state)
-        done += iterations
+    state = sampler.begin(position)
+    while not sampler.warmed(state):
+        state, _ = sampler.warm(state)
     return sampler.run(sampler.ready(state), draws)[1].positions
 
 

@@ -37,9 +37,10 @@ from pgen.run import Run
 from pgen.structure import Structure
 
 _MICROSECONDS = 1.5  # of an operation on few numbers
-_NANOSECONDS = 1.5  # of each number, where there are many
-_FEWEST, _MOST = 16, 256
-_ENOUGH = 10_000  # draws in all
+_NANOSECONDS = 0.7  # of each number, where there are many
+_FEWEST, _MOST = 32, 128
+_ENOUGH = 20_000  # draws in all
+_POOLING = 16  # chains from which on they learn enough from each other for ChEES
 
 
 @dataclass(frozen=True)
@@ -51,13 +52,13 @@ class MCMC:
 
     Attributes:
         kernel: `"auto"`, a name, or a kernel object (of `pgen.algorithms.kernels`, or any with `init` and `step`).
-            `"nuts"`, `"hmc"`, `"chees"`, `"meads"`: Hamiltonian; `"mala"`, `"ula"`: Langevin; `"random-walk"`: needs no
+            `"nuts"`, `"hmc"`, `"chees"`, `"meads"`: Hamiltonian (auto: `"chees"` for 16 chains or more, else `"nuts"`); `"mala"`, `"ula"`: Langevin; `"random-walk"`: needs no
             gradient; `"sgld"`, `"sghmc"`: gradients of mini-batches, biased; `"tempering"`: for separated modes;
             `"smc"`: tempered particles.
-        chains: how many, side by side; None: as many as cost little more than one, 16 to 256 (4 where the program
+        chains: how many, side by side; None: as many as cost little more than one, 32 to 128 (4 where the program
             can only be run for one after the other).
         warmup: iterations before the first draw; None: what the kernel needs.
-        draws: of each chain; None: 10,000 in all, and at least 200.
+        draws: of each chain; None: 20,000 in all, and 400 to 1,000 of each.
         thin: keep every so many-th draw.
         target_accept: acceptance that the step size is tuned to; None: what suits the kernel.
         metric: `"auto"`, `"dense"` (learns correlations) or `"diagonal"`.
@@ -95,7 +96,7 @@ class MCMC:
     step_size: float = 0.01
     init: str | Mapping[str, Any] | Any = "auto"
     enumerate: Literal["auto", "none"] = "auto"
-    islands: int = 8
+    islands: int = 16
     via: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -142,7 +143,8 @@ class MCMC:
             return found
         tied = not structure.data_plates or any(not structure.local(s) for s in structure.latents)
         kernel = self.kernel if isinstance(self.kernel, str) else type(self.kernel).__name__
-        return offer(structure, found, "nuts" if kernel == "auto" else kernel, tied and not found.flipped)
+        kernel = self._kernel_for(self.chains) if kernel == "auto" else kernel
+        return offer(structure, found, kernel, tied and not found.flipped)
 
     def _needs(self, structure: Structure) -> Needs | Refusal:
         return needs(structure, self.via, enumerated=self.enumerate == "auto", subsampled=self._subsampled)
@@ -161,12 +163,14 @@ class MCMC:
 
     def posteriors(
         self, problem: Problem, structure: Structure, run: Run, data: Mapping[str, Tensor], n: int
-    ) -> list[dict[str, Tensor]]:
+    ) -> list[dict[str, Tensor]] | None:
         """Draws for each of R data sets `[R, ...]`, all chains of all of them in one batch; see `FitsMany`."""
         found = self._needs(structure)
         if isinstance(found, Refusal) or found.flipped:
-            raise OptionError("many data sets at once: latents have to be continuous, or summed out")
+            return None
         density = Density.of(problem.whole(), structure, found.summed)
+        if not density.size:  # nothing moves: posteriors are drawn at once, one after the other
+            return None
         lift = run.precision in (None, "float64") and problem.device.type == "cpu"
         chains = min(8, self.chains or 8)
         options = self._options(chains, run.compile is not False)
@@ -253,7 +257,7 @@ class MCMC:
 
     def _options(self, chains: int, recorded: bool) -> Options:
         return Options(
-            "nuts" if self.kernel == "auto" else self.kernel,
+            self._kernel_for(chains) if self.kernel == "auto" else self.kernel,
             chains,
             self.warmup,
             self.target_accept,
@@ -264,21 +268,27 @@ class MCMC:
             recorded,
         )
 
+    def _kernel_for(self, chains: int | None) -> str:
+        """What suits so many chains: ChEES learns from all of them, a tree needs none but its own."""
+        return "chees" if chains is None or chains >= _POOLING else "nuts"
+
     def _chain_count(self, functions: Functions) -> int:
         if self.chains is not None:
             return self.chains
         if self.kernel == "smc":
-            return 8
+            return 16
         if self.kernel == "tempering":
             return 16
         if functions.way not in ("recorded", "unrecorded"):
             return 4
         operations, numbers = functions.cost
         ratio = operations * _MICROSECONDS * 1000 / max(1.0, numbers * _NANOSECONDS)
-        return next((c for c in (_MOST, 128, 64, 32) if c <= ratio), _FEWEST)
+        return next((c for c in (_MOST, 64) if c <= ratio), _FEWEST)
 
     def _draw_count(self, chains: int) -> int:
-        return self.draws if self.draws is not None else max(200, -(-_ENOUGH // chains))
+        if self.draws is not None:
+            return self.draws
+        return min(1000, max(400, -(-_ENOUGH // chains)))
 
     def _start(self, target: Any, chains: int, density: Density, dtype: torch.dtype) -> Tensor:
         if isinstance(self.init, Mapping):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +27,9 @@ from pgen.backends.mcmc.ledger import Block
 
 _FEW = 32  # chains: below, warm-up has less to pool and takes longer
 _POOLED_BLOCK = 25
+_TRIAL = 30  # iterations
+_DIVERGENT = 0.0  # of trajectories: beyond, steps are too long
+_CAREFUL = 0.95  # acceptance
 _STATISTICS = {
     "accept": "acceptance_rate",
     "energy": "energy",
@@ -54,7 +57,6 @@ class Windowed:
         adaptation: its warm-up.
         wrap: makes straight-line functions fast.
         thin: iterations per draw.
-        max_depth: of trees, to say which were cut.
     """
 
     kernel: Kernel
@@ -77,6 +79,10 @@ class Windowed:
         length = self.adaptation.plan[state.block].length
         return self.adaptation.advance(state, self.target, 1, self.wrap), length
 
+    def warmed(self, state: Adapted) -> bool:
+        """Whether the plan is done."""
+        return self.adaptation.finished(state)
+
     def ready(self, state: Adapted) -> Moving:
         """The state before the first draw."""
         return Moving(state.state, state.tuning)
@@ -86,7 +92,18 @@ class Windowed:
         inner, positions, info = iterate(
             self.kernel, state.kernel, state.tuning, self.target, draws * self.thin, self.wrap
         )
-        return Moving(inner, state.tuning), thinned(positions, info, self.thin)
+        block = thinned(positions, info, self.thin)
+        if isinstance(self.kernel, NUTS):
+            full = block.stats["tree_depth"] >= self.kernel.max_depth
+            block = Block(block.positions, {**block.stats, "reached_max_treedepth": full})
+        return Moving(inner, state.tuning), block
+
+
+class Begun(NamedTuple):
+    """A kernel with its tuning, and how many iterations were left out."""
+
+    moving: Moving
+    done: Tensor
 
 
 @dataclass
@@ -100,17 +117,23 @@ class Fixed:
     tune: Callable[[Tensor], Tuning] = untuned
     thin: int = 1
 
-    def begin(self, position: Tensor) -> Moving:
+    def begin(self, position: Tensor) -> Begun:
         """The state at positions `[C, d]`."""
-        return Moving(self.kernel.init(position, self.target), self.tune(position))
+        moving = Moving(self.kernel.init(position, self.target), self.tune(position))
+        return Begun(moving, torch.tensor(0))
 
-    def warm(self, state: Moving) -> tuple[Moving, int]:
+    def warm(self, state: Begun) -> tuple[Begun, int]:
         """All iterations that are left out."""
-        return self.run(state, self.warmup)[0], self.warmup
+        moving, _ = self.run(state.moving, self.warmup)
+        return Begun(moving, torch.tensor(self.warmup)), self.warmup
 
-    def ready(self, state: Moving) -> Moving:
-        """The same state."""
-        return state
+    def warmed(self, state: Begun) -> bool:
+        """Whether they are."""
+        return int(state.done) >= self.warmup
+
+    def ready(self, state: Begun) -> Moving:
+        """The state before the first draw."""
+        return state.moving
 
     def run(self, state: Moving, draws: int) -> tuple[Moving, Block]:
         """So many draws of each chain."""
@@ -143,6 +166,10 @@ class Pooled:
         """A block of the warm-up, and how many iterations it took."""
         return self.adaptation.advance(state, self.target, _POOLED_BLOCK, self.wrap), _POOLED_BLOCK
 
+    def warmed(self, state: Any) -> bool:
+        """Whether all iterations are done."""
+        return int(state.iteration) >= self.warmup
+
     def ready(self, state: Any) -> Moving:
         """The state before the first draw."""
         return Moving(*self.adaptation.finish(state))
@@ -153,6 +180,60 @@ class Pooled:
             self.kernel, state.kernel, state.tuning, self.target, draws * self.thin, self.wrap
         )
         return Moving(inner, state.tuning), thinned(positions, info, self.thin)
+
+
+class Staged(NamedTuple):
+    """Which warm-up is under way (0 the usual, 1 the careful, 2 none), and its state."""
+
+    stage: int
+    state: Any
+
+
+@dataclass
+class Cautious:
+    """A sampler that warms up once more, for smaller steps, where trajectories of the usual steps diverge.
+
+    A divergence says that steps were too long for a part of the posterior, which is then seldom entered or left. Most
+    posteriors have none, and are sampled faster by longer steps; so the usual acceptance is tried first.
+    """
+
+    usual: Any
+    careful: Any
+
+    @property
+    def warmup(self) -> int:
+        """Iterations of the usual warm-up and the trial."""
+        return self.usual.warmup + _TRIAL
+
+    def begin(self, position: Tensor) -> Staged:
+        """The state before warm-up, at positions `[C, d]`."""
+        return Staged(0, self.usual.begin(position))
+
+    def warm(self, state: Staged) -> tuple[Staged, int]:
+        """A block of the warm-up; at the end of the usual one, a trial."""
+        if state.stage == 1:
+            inner, iterations = self.careful.warm(state.state)
+            return Staged(1, inner), iterations
+        if not self.usual.warmed(state.state):
+            inner, iterations = self.usual.warm(state.state)
+            return Staged(0, inner), iterations
+        _, block = self.usual.run(self.usual.ready(state.state), _TRIAL)
+        diverging = float(block.stats["diverging"].double().mean())
+        if diverging > _DIVERGENT:
+            return Staged(1, self.careful.begin(block.positions[-1])), _TRIAL
+        return Staged(2, state.state), _TRIAL
+
+    def warmed(self, state: Staged) -> bool:
+        """Whether the trial was passed, or the careful warm-up is over."""
+        return state.stage == 2 or (state.stage == 1 and self.careful.warmed(state.state))
+
+    def ready(self, state: Staged) -> Any:
+        """The state before the first draw."""
+        return (self.careful if state.stage == 1 else self.usual).ready(state.state)
+
+    def run(self, state: Any, draws: int) -> tuple[Any, Block]:
+        """So many draws of each chain."""
+        return self.usual.run(state, draws)
 
 
 @dataclass
@@ -169,6 +250,10 @@ class Idle:
     def warm(self, state: Moving) -> tuple[Moving, int]:
         """Nothing to learn."""
         return state, 0
+
+    def warmed(self, state: Moving) -> bool:
+        """Always."""
+        return True
 
     def ready(self, state: Moving) -> Moving:
         """The same state."""
@@ -227,8 +312,15 @@ class Options:
 
 def sampler_of(options: Options, target: LogDensity) -> Any:
     """The sampler that the options describe."""
+    if options.target_accept is None and options.kernel in ("nuts", "hmc", "chees"):
+        careful = replace(options, target_accept=_CAREFUL)
+        return Cautious(_sampler_of(options, target), _sampler_of(careful, target))
+    return _sampler_of(options, target)
+
+
+def _sampler_of(options: Options, target: LogDensity) -> Any:
     name, wrap, thin = options.kernel, options.wrap, options.thin
-    several = 250 if options.chains >= _FEW else 1000
+    several = 200 if options.chains >= _FEW else 800
     warmup = several if options.warmup is None else options.warmup
     dense = options.metric != "diagonal"
     if name == "chees":
