@@ -21,6 +21,7 @@ from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import biject_to
+from torch.overrides import TorchFunctionMode
 
 from pgen.algorithms.record import Recorded, Unrecordable, where_raised
 from pgen.algorithms.sum_product import log_partition, sample
@@ -128,6 +129,10 @@ class Density:
             given: values of the latents in `held`.
         """
         problem = self.problem if problem is None else problem
+        with _Tolerant():
+            return self._log_density(position, problem, given)
+
+    def _log_density(self, position: Tensor, problem: Problem, given: Mapping[str, Tensor] | None) -> Tensor:
         parts = self._parts(position)
         free = _Free(parts, given or {}, weigh=not self.finite)
         if not self.finite:
@@ -215,7 +220,7 @@ class Density:
     def value(self, position: Tensor, given: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The same at one vector `[d]`, given values of the latents in `held`."""
         free = _Free(self._parts(position), given or {}, weigh=False)
-        with validating(False), torch.no_grad(), free:
+        with validating(False), torch.no_grad(), _Tolerant(), free:
             self.problem()
         return free.values
 
@@ -277,6 +282,23 @@ def _bijection(name: str, fn: Any) -> Any:
             f"site {name!r}: its support {fn.support} has no bijection from the real numbers, so no gradient-based "
             "kernel can move it; give the site a law with a continuous support"
         ) from error
+
+
+class _Tolerant(TorchFunctionMode):
+    """Factors what is not positive definite as NaN: the density is no number there, and nothing is raised.
+
+    One chain that proposes such a place must not stop the others.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.linalg.cholesky, torch.cholesky, Tensor.cholesky):
+            matrix, upper = args[0], kwargs.get("upper", args[1] if len(args) > 1 else False)
+            factor, failed = torch.linalg.cholesky_ex(matrix, upper=upper)
+            return torch.where((failed == 0)[..., None, None], factor, math.nan)
+        return func(*args, **kwargs)
 
 
 class _Free(Messenger):
@@ -405,8 +427,9 @@ def functions_of(density: Density, *, recorded: bool = True, lift: bool = True) 
     two = torch.zeros(2, density.size, dtype=dtype, device=device)
     try:
         if not recorded:
-            density.value_and_gradient(two)
-            return Functions(density.value_and_gradient, _chunked(density.values), "unrecorded")
+            density.value_and_gradient(two.to(density.dtype))
+            together = _cast(density.value_and_gradient, density.dtype)
+            return Functions(together, _chunked(_cast(density.values, density.dtype)), "unrecorded")
         together = Recorded(density.value_and_gradient, lift=lift, fallback=False)
         values = Recorded(density.values, lift=lift, fallback=False)
         together(two)
@@ -425,7 +448,20 @@ def functions_of(density: Density, *, recorded: bool = True, lift: bool = True) 
             return Functions(partial(_stacked, alone), partial(_each, value), "in turn", why)
     except Unrecordable as error:
         why = str(error)
-    return Functions(density.one_by_one, partial(_each, density.value), "as written", why)
+    target = _cast(density.one_by_one, density.dtype)
+    return Functions(target, partial(_each, _cast(density.value, density.dtype)), "as written", why)
+
+
+def _cast(fn: Callable[[Tensor], Any], dtype: torch.dtype) -> Callable[[Tensor], Any]:
+    """A function of positions in the program's own precision, its numbers given back in that of the positions."""
+
+    def cast(positions: Tensor) -> Any:
+        found = fn(positions.to(dtype))
+        if isinstance(found, dict):
+            return {k: v.to(positions.dtype) if v.is_floating_point() else v for k, v in found.items()}
+        return tuple(v.to(positions.dtype) for v in found)
+
+    return cast
 
 
 def _cost(recorded: Recorded[..., Any], positions: Tensor) -> tuple[int, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -110,7 +111,9 @@ class Draws(Mapping[str, Tensor]):
             groups["observed_data"] = {
                 s: torch.as_tensor(v).detach().cpu().numpy() for s, v in observed.items()
             }
-        return arviz_base.from_dict(groups, dims=dims, coords=coords)
+        with warnings.catch_warnings():  # many short chains are meant
+            warnings.filterwarnings("ignore", "Found chain dimension to be longer")
+            return arviz_base.from_dict(groups, dims=dims, coords=coords)
 
     def __repr__(self) -> str:
         """Sites and shapes."""

@@ -169,10 +169,10 @@ class Fitted:
         """The posterior as an ArviZ DataTree, chains kept apart, with statistics, pointwise log likelihood and data.
 
         Args:
-            n: draws, evenly over the chains; None: 4,000, or all if there are fewer.
+            n: draws, evenly over the chains; None: all that the fit holds, or 4,000 where it holds none.
             predictive: also draw the observed sites anew, for each draw of the posterior.
         """
-        drawn = self.posterior(n=n or _SUMMARIZED, seed=self.seed)
+        drawn = self.draws() if n is None else self.posterior(n=n, seed=self.seed)
         with self._isolated(self.seed):
             terms = log_likelihood(self.problem, self.structure, drawn)
             anew = predictive_draws(self.problem, self.structure, drawn) if predictive else None

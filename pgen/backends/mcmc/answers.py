@@ -70,10 +70,14 @@ class Sampled:
         """Log densities at positions `[n, d]`, on unconstrained vectors, finite latents summed out: `lp`."""
         if self.density.held or not self.density.size:
             return {}
-        size = self.chains.count  # rows that the target is recorded for
-        whole = torch.cat([positions, positions[:1].expand(-len(positions) % size, -1)])
-        found = [self.functions.target(part.contiguous())[0] for part in whole.split(size)]
-        return {"lp": torch.cat(found)[: len(positions)]}
+        return {"lp": self.target_in_parts(positions)[0]}
+
+    def target_in_parts(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """The target at any number of positions, as many at a time as there are chains: what it is recorded for."""
+        size, n = self.chains.count, len(positions)
+        whole = torch.cat([positions, positions[:1].expand(-n % size, -1)])
+        found = [self.functions.target(part.contiguous()) for part in whole.split(size)]
+        return torch.cat([value for value, _ in found])[:n], torch.cat([slope for _, slope in found])[:n]
 
     def values(self, positions: Tensor) -> dict[str, Tensor]:
         """Values of all latents and deterministic sites at vectors `[n, d]`, in the types of the program."""

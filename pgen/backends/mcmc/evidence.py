@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pgen.algorithms.annealing import TemperedSMC, cloud_scale, evidence_below
 from pgen.algorithms.kernels.hmc import HMC
-from pgen.algorithms.path import Path, as_written, gaussian
-from pgen.algorithms.record import record
+from pgen.algorithms.path import Path, gaussian
 from pgen.backends.mcmc.answers import Sampled
 from pgen.capability import Estimate, Exactness
 from pgen.sampling import observed_scalars
@@ -23,10 +22,9 @@ def evidence(islands: int, sampled: Sampled) -> Estimate:
     positions, _, _ = sampled.positions(_DRAWS)
     weight = positions.new_full((len(positions),), 1 / len(positions))
     scale = _WIDER * cloud_scale(positions, weight, dense=positions.shape[1] <= 200)
-    path = Path(sampled.functions.target, *gaussian(positions.mean(0), scale))
+    path = Path(sampled.target_in_parts, *gaussian(positions.mean(0), scale))
     smc = TemperedSMC(HMC(steps=4), particles=_PARTICLES, islands=islands, moves=2, accept=0.8)
-    fast = record if sampled.functions.way == "recorded" else as_written
-    arrived = smc.run(path, record=fast)
+    arrived = smc.run(path)
     found = evidence_below(arrived.log_evidence)
     return Estimate(
         found.estimate.reshape(1),

@@ -7,6 +7,7 @@ from the last of them, and as each block has random numbers of its own, its draw
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shutil
 from collections.abc import Mapping
@@ -19,9 +20,27 @@ from torch import Tensor
 
 from pgen import store
 from pgen.errors import CheckpointError
+from pgen.problem import Problem
 from pgen.training.checkpoints import pack, unpack
 
 _NAME = re.compile(r"(warmup|draws)-(\d{8})")
+
+
+def digest(problem: Problem) -> str:
+    """A name for the data and arguments of a problem: the same for the same, another for others."""
+    found = hashlib.blake2b(digest_size=16)
+    groups = {"inputs": problem.inputs, "observations": problem.observations, "kwargs": problem.kwargs}
+    named = [(f"{group}.{k}", v) for group, some in groups.items() for k, v in sorted(some.items())]
+    for name, value in [*named, *((f"args.{i}", v) for i, v in enumerate(problem.args))]:
+        found.update(name.encode())
+        if isinstance(value, Tensor):
+            found.update(f"{value.dtype}{tuple(value.shape)}".encode())
+            found.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        elif value is None or isinstance(value, (bool, int, float, str)):
+            found.update(repr(value).encode())
+        else:  # objects are told apart by their kind only
+            found.update(type(value).__qualname__.encode())
+    return found.hexdigest()
 
 
 def plain(state: Any) -> Any:

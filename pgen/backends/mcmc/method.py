@@ -23,7 +23,7 @@ from pgen.backends.mcmc.answers import Posterior, Sampled
 from pgen.backends.mcmc.chains import Chains
 from pgen.backends.mcmc.discrete import first_choices, in_turn, values_of
 from pgen.backends.mcmc.evidence import evidence
-from pgen.backends.mcmc.ledger import Ledger, Memory, Shards
+from pgen.backends.mcmc.ledger import Ledger, Memory, Shards, digest
 from pgen.backends.mcmc.many import many
 from pgen.backends.mcmc.needs import Needs, needs, offer
 from pgen.backends.mcmc.samplers import KERNELS, Idle, Options, sampler_of
@@ -40,6 +40,7 @@ _MICROSECONDS = 1.5  # of an operation on few numbers
 _NANOSECONDS = 0.7  # of each number, where there are many
 _FEWEST, _MOST = 32, 128
 _ENOUGH = 20_000  # draws in all
+_FEWER = ((8000, 100), (2000, 200))  # draws of each chain, for programs of more operations than that
 _POOLING = 16  # chains from which on they learn enough from each other for ChEES
 
 
@@ -58,7 +59,8 @@ class MCMC:
         chains: how many, side by side; None: as many as cost little more than one, 32 to 128 (4 where the program
             can only be run for one after the other).
         warmup: iterations before the first draw; None: what the kernel needs.
-        draws: of each chain; None: 20,000 in all, and 400 to 1,000 of each.
+        draws: of each chain; None: 20,000 in all, and 400 to 1,000 of each (100 to 200 for programs of thousands of
+            operations, such as long loops).
         thin: keep every so many-th draw.
         target_accept: acceptance that the step size is tuned to; None: what suits the kernel.
         metric: `"auto"`, `"dense"` (learns correlations) or `"diagonal"`.
@@ -206,14 +208,14 @@ class MCMC:
             warnings.warn(
                 f"{structure.name} runs {slow}, more slowly: {functions.why}", NotRecorded, stacklevel=4
             )
-        ledger = self._ledger(run, directory, structure)
+        ledger = self._ledger(run, directory, problem, structure)
         return Sampled(
             problem,
             structure,
             density,
             functions,
             Chains(sampler, begin, chains, run.seed, ledger, Audience(run.watchers())),
-            self._draw_count(chains),
+            self._draw_count(chains, functions.cost[0]),
             read,
         )
 
@@ -285,10 +287,12 @@ class MCMC:
         ratio = operations * _MICROSECONDS * 1000 / max(1.0, numbers * _NANOSECONDS)
         return next((c for c in (_MOST, 64) if c <= ratio), _FEWEST)
 
-    def _draw_count(self, chains: int) -> int:
+    def _draw_count(self, chains: int, operations: int) -> int:
         if self.draws is not None:
             return self.draws
-        return min(1000, max(400, -(-_ENOUGH // chains)))
+        # A program of many operations takes its time for each draw, whatever the number of chains.
+        least = next((few for most, few in _FEWER if operations > most), 400)
+        return min(1000, max(least, -(-_ENOUGH // chains) if least == 400 else 0))
 
     def _start(self, target: Any, chains: int, density: Density, dtype: torch.dtype) -> Tensor:
         if isinstance(self.init, Mapping):
@@ -300,10 +304,16 @@ class MCMC:
         ways = {"prior": start.prior, "pathfinder": start.pathfinder}
         return ways.get(self.init, start.uniform)(target, count, density.size, density, dtype)
 
-    def _ledger(self, run: Run, directory: Any, structure: Structure) -> Ledger:
+    def _ledger(self, run: Run, directory: Any, problem: Problem, structure: Structure) -> Ledger:
         if directory is None:
             return Memory()
-        terms = {"program": structure.name, "seed": run.seed, "backend": repr(replace(self, draws=None))}
+        terms = {
+            "program": structure.name,
+            "data": digest(problem),
+            "seed": run.seed,
+            "precision": run.precision,
+            "backend": repr(replace(self, draws=None)),
+        }
         return Shards(Path(directory) / "chains", terms, run.checkpoint_every or 100)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from pgen.conversion import exactness_of
 from pgen.factoring import outside_plates
 from pgen.structure import Site, Structure
 
-_MANY = 1000  # elements: beyond, posteriors are better approximated first
+_MANY = 500  # elements of latents that rows have: beyond, each row is better approximated by itself
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,10 @@ def offer(structure: Structure, found: Needs, kernel: str, evidence: bool) -> Of
         answers[Query.LOG_PROB] = Exactness.UNNORMALIZED if unnormalised else Exactness.ESTIMATE
     answers[Query.POSTERIOR] = Exactness.ESTIMATE
     local = [s for s in found.moved if structure.local(s)]
-    small = not local and not found.flipped
+    elements = sum(
+        math.prod(structure.sites[s].batch_shape + structure.sites[s].event_shape) for s in found.moved
+    )
+    small = not found.flipped and (not local or elements <= _MANY)
     rank = Rank.IDEAL if small and structure.observed else Rank.POSSIBLE
     return Offer(answers, rank, _why(found, kernel, local), names_of(dict(found.paths)))
 

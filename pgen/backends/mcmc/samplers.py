@@ -30,6 +30,7 @@ _POOLED_BLOCK = 25
 _TRIAL = 30  # iterations
 _DIVERGENT = 0.0  # of trajectories: beyond, steps are too long
 _CAREFUL = 0.95  # acceptance
+_FEW_TO_JUDGE = 8  # chains: fewer do not tell what is usual
 _STATISTICS = {
     "accept": "acceptance_rate",
     "energy": "energy",
@@ -183,7 +184,7 @@ class Pooled:
 
 
 class Staged(NamedTuple):
-    """Which warm-up is under way (0 the usual, 1 the careful, 2 none), and its state."""
+    """Which warm-up is under way (0 the usual, 1 the careful, 2 none, 3 the usual once more), and its state."""
 
     stage: int
     state: Any
@@ -191,14 +192,17 @@ class Staged(NamedTuple):
 
 @dataclass
 class Cautious:
-    """A sampler that warms up once more, for smaller steps, where trajectories of the usual steps diverge.
+    """A sampler that looks at what its warm-up led to, and warms up once more where that is no good.
 
-    A divergence says that steps were too long for a part of the posterior, which is then seldom entered or left. Most
-    posteriors have none, and are sampled faster by longer steps; so the usual acceptance is tried first.
+    Chains that ended in a place whose density is beyond doubt too low to matter, a mode of weight zero, begin anew beside
+    others. And where trajectories diverge, steps were too long for a part of the posterior, which is then seldom
+    entered or left: a second warm-up aims at a higher acceptance. Most posteriors need neither, and are sampled
+    faster by longer steps.
     """
 
     usual: Any
     careful: Any
+    target: LogDensity
 
     @property
     def warmup(self) -> int:
@@ -211,16 +215,21 @@ class Cautious:
 
     def warm(self, state: Staged) -> tuple[Staged, int]:
         """A block of the warm-up; at the end of the usual one, a trial."""
-        if state.stage == 1:
-            inner, iterations = self.careful.warm(state.state)
-            return Staged(1, inner), iterations
-        if not self.usual.warmed(state.state):
-            inner, iterations = self.usual.warm(state.state)
-            return Staged(0, inner), iterations
+        sampler = self.careful if state.stage == 1 else self.usual
+        if not sampler.warmed(state.state):
+            inner, iterations = sampler.warm(state.state)
+            return Staged(state.stage, inner), iterations
         _, block = self.usual.run(self.usual.ready(state.state), _TRIAL)
-        diverging = float(block.stats["diverging"].double().mean())
-        if diverging > _DIVERGENT:
-            return Staged(1, self.careful.begin(block.positions[-1])), _TRIAL
+        last = block.positions[-1]
+        if state.stage == 0:
+            astray = hopeless(self.target(last)[0], last.shape[1])
+            if bool(astray.any()):
+                others = (~astray).nonzero().squeeze(-1)
+                beside = others[torch.randint(len(others), astray.shape, device=last.device)]
+                moved = torch.where(astray[:, None], last[beside], last)
+                return Staged(3, self.usual.begin(moved)), _TRIAL
+        if float(block.stats["diverging"].double().mean()) > _DIVERGENT:
+            return Staged(1, self.careful.begin(last)), _TRIAL
         return Staged(2, state.state), _TRIAL
 
     def warmed(self, state: Staged) -> bool:
@@ -234,6 +243,19 @@ class Cautious:
     def run(self, state: Any, draws: int) -> tuple[Any, Block]:
         """So many draws of each chain."""
         return self.usual.run(state, draws)
+
+
+def hopeless(log_density: Tensor, size: int) -> Tensor:
+    """Chains `[C]` in places that cannot matter: their density is too low for any volume that they may have.
+
+    Below the median by more than ten times the usual deviation from it, ten nats, and two for every dimension: to weigh a
+    hundredth of the rest, such a mode would have to be e² times as wide in all directions.
+    """
+    if len(log_density) < _FEW_TO_JUDGE:
+        return torch.zeros_like(log_density, dtype=torch.bool)
+    centre = log_density.median()
+    usual = 1.4826 * (log_density - centre).abs().median()
+    return log_density < centre - (10 * usual + 10 + 2 * size)
 
 
 @dataclass
@@ -314,7 +336,7 @@ def sampler_of(options: Options, target: LogDensity) -> Any:
     """The sampler that the options describe."""
     if options.target_accept is None and options.kernel in ("nuts", "hmc", "chees"):
         careful = replace(options, target_accept=_CAREFUL)
-        return Cautious(_sampler_of(options, target), _sampler_of(careful, target))
+        return Cautious(_sampler_of(options, target), _sampler_of(careful, target), target)
     return _sampler_of(options, target)
 
 
