@@ -14,6 +14,7 @@ from torch import Tensor
 from pgen.algorithms.factor_graph import Factor
 from pgen.capability import Refusal
 from pgen.errors import PgenError, Refused
+from pgen.handlers import only_named
 from pgen.structure import Structure
 
 
@@ -95,7 +96,7 @@ class Reader(Messenger):
 
     def _pyro_post_sample(self, msg: Any) -> None:
         name, fn = msg["name"], msg["fn"]
-        if type(fn).__name__ == "_Subsample" or (msg["infer"] or {}).get("_deterministic"):
+        if type(fn).__name__ == "_Subsample" or only_named(msg):
             return
         frames = {frame.dim: frame for frame in msg["cond_indep_stack"] if frame.dim is not None}
         scale = self._beyond_plates(msg, frames)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+import numpy as np
 import pyro.distributions as dist
 import torch
 from pyro.poutine.messenger import Messenger
@@ -12,6 +13,15 @@ from torch import Tensor
 
 from pgen.capability import Capability, capabilities_of
 from pgen.errors import DataError
+
+
+def only_named(msg: Any) -> bool:
+    """Whether a site only names a value: `pyro.deterministic`, and what a reparameterisation leaves in a site's place."""
+    fn = msg["fn"]
+    left = (
+        isinstance(fn, dist.MaskedDistribution) and fn._mask is False and isinstance(fn.base_dist, dist.Delta)
+    )
+    return bool((msg["infer"] or {}).get("_deterministic")) or (msg["is_observed"] and left)
 
 
 class Observe(Messenger):
@@ -64,7 +74,7 @@ def without_missing(name: str, fn: Any, value: Tensor) -> tuple[Any, Tensor]:
             "one cannot be left out; observe complete rows, or write the site as independent elements"
         )
     present = ~torch.isnan(value)
-    shape = torch.broadcast_shapes(base.batch_shape, value.shape)
+    shape = torch.Size(np.broadcast_shapes(base.batch_shape, value.shape))
     filled = torch.where(present, value, _value_inside(base.support, value))
     return base.expand(shape).mask(present.expand(shape)).to_event(dims), filled.expand(shape)
 

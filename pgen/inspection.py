@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import networkx as nx
+import numpy as np
 import pyro.distributions as dist
 import torch
 from pyro.poutine.messenger import Messenger
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from pgen.capability import Capability, capabilities_of
 from pgen.errors import DataError, PgenError, ProgramError
-from pgen.handlers import StandIn
+from pgen.handlers import StandIn, only_named
 from pgen.isolation import isolated, validating
 from pgen.linearity import bent_sites
 from pgen.parameters import Parameters
@@ -265,7 +266,7 @@ class _Watch(_Progress):
             if frame.dim is not None:
                 subsampled = frame.full_size is not None and frame.full_size != frame.size
                 self.plates[frame.name] = Plate(frame.name, frame.size, frame.dim, subsampled)
-        if (msg["infer"] or {}).get("_deterministic"):
+        if only_named(msg):
             return
         factor = isinstance(_base(fn), dist.Unit)
         if msg["is_observed"] and not factor:
@@ -407,8 +408,9 @@ def _cardinality(fn: Any) -> int | None:
 def _check_value(name: str, fn: Any, value: Tensor) -> None:
     expected = torch.Size(fn.batch_shape) + torch.Size(fn.event_shape)
     try:
-        fits = torch.broadcast_shapes(value.shape, expected) == expected
-    except RuntimeError:
+        # torch's own would import its compiler's symbolic algebra, which takes a second.
+        fits = np.broadcast_shapes(value.shape, expected) == tuple(expected)
+    except ValueError:
         fits = False
     event = len(fn.event_shape)
     if not fits or (event and value.shape[-event:] != expected[-event:]):

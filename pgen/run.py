@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -20,10 +20,13 @@ from pgen.observers import Audience, Observer, ProgressBar
 from pgen.problem import Data, Problem
 from pgen.training.batches import Batches, split
 from pgen.training.checkpoints import Checkpoints
+from pgen.training.inductor import COMPILERS
+from pgen.training.learner import Learner
 from pgen.training.loop import Training
 from pgen.training.optimizers import Average, Factory, Rate, Schedule, make_optimizer
 from pgen.training.options import DETERMINING, EXPECTED, as_json, shown
-from pgen.training.players import Learner, Player, Step, move, require_trainable
+from pgen.training.players import Player, Step, move, require_trainable
+from pgen.training.replays import Replays
 
 __all__ = ["History", "Player", "Run", "Step"]
 
@@ -66,7 +69,11 @@ class Run:
         devices: reserved; 1.
         nodes: reserved; 1.
         strategy: reserved; None.
-        compile: reserved; None, False or "auto".
+        compile: "auto": a loss and its gradient are recorded at the second step and then replayed, which gives the
+            same numbers faster; a program that cannot be recorded is run as written, and the history says why.
+            "inductor": recordings are compiled by torch's compiler, for some seconds, before they are used.
+            "background": likewise, but training goes on by replays in the meantime, so that the last digits
+            depend on the clock. False: always as written. None: "auto".
 
     Raises:
         OptionError: a field has a value that it cannot have.
@@ -103,7 +110,7 @@ class Run:
     devices: int = 1
     nodes: int = 1
     strategy: str | None = None
-    compile: Literal["auto", False] | None = None
+    compile: Literal["auto", "inductor", "background", False] | None = None
 
     def __post_init__(self) -> None:
         """Check every field."""
@@ -154,7 +161,7 @@ class Run:
         players: Mapping[str, Player],
         problem: Problem,
         *,
-        buffers: Mapping[str, Tensor] | None = None,
+        buffers: MutableMapping[str, Tensor] | None = None,
         default_steps: int = 2000,
         default_batch: int = 128,
         name: str = "training",
@@ -191,9 +198,12 @@ class Run:
         for group in (*(player.parameters for player in players.values()), buffers):
             move(group, device, dtype)
         place = next(iter(next(iter(players.values())).parameters.values())).device
-        learners = [self._learner(who, player, prefix=len(players) > 1) for who, player in players.items()]
         batches, held_out = self._batches(Batches(problem, size, self.seed, device=device, dtype=dtype))
-        tensors = [tensor for learner in learners for tensor in learner.tensors]
+        tensors = [tensor for player in players.values() for tensor in player.parameters.values()]
+        learners = [
+            self._learner(who, player, f"{who}." if len(players) > 1 else "", tensors, buffers, batches.fixed)
+            for who, player in players.items()
+        ]
         training = Training(
             learners=learners,
             batches=batches,
@@ -225,10 +235,44 @@ class Run:
                 f"Run(lr={self.lr!r}): there is no player {strangers[0]!r}; expected names among {who}"
             )
 
-    def _learner(self, name: str, player: Player, prefix: bool) -> Learner:
+    def _learner(
+        self,
+        name: str,
+        player: Player,
+        prefix: str,
+        tensors: list[Tensor],
+        buffers: MutableMapping[str, Tensor],
+        fixed: bool,
+    ) -> Learner:
         lr = self.lr.get(name) if isinstance(self.lr, Mapping) else self.lr
         optimizer = make_optimizer(self.optimizer, list(player.parameters.values()), lr, self.weight_decay)
-        return Learner(name, player, optimizer, self.clip_norm, prefix=f"{name}." if prefix else "")
+        replays = self.replays(name, player, tensors, buffers, fixed=fixed)
+        return Learner(name, player, optimizer, self.clip_norm, prefix, replays)
+
+    def replays(
+        self,
+        name: str,
+        player: Player,
+        tensors: Sequence[Tensor],
+        buffers: MutableMapping[str, Tensor],
+        *,
+        fixed: bool = False,
+        wait: int = 0,
+    ) -> Replays | None:
+        """What evaluates a player by replays, as `compile` says; None: it is always run as written.
+
+        Args:
+            name: of the player.
+            player: its parameters and loss.
+            tensors: the parameters of all players.
+            buffers: tensors that losses change.
+            fixed: whether all batches are the same.
+            wait: evaluations before it is worth it.
+        """
+        if self.compile is False:
+            return None
+        compiler = COMPILERS[self.compile or "auto"]
+        return Replays(name, player, tensors, buffers, fixed=fixed, compiler=compiler, wait=wait)
 
     def _batches(self, every: Batches) -> tuple[Batches, Batches | None]:
         """Rows to learn from and rows held out."""

@@ -10,6 +10,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
+from pyro.infer.reparam import LocScaleReparam
 from pyro.nn import PyroModule, PyroParam, PyroSample
 from torch import nn
 
@@ -394,6 +395,19 @@ def test_values_that_pass_through_deterministic_sites():
     structure = structure_of(program, ROWS)
     assert list(structure.sites) == ["z", "x"]
     assert parents(structure)["x"] == {"z"}
+
+
+def test_what_a_reparameterisation_leaves_is_no_site():
+    def program(n):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", n):
+            w = pyro.sample("w", dist.Normal(z, 1.0))
+            pyro.sample("x", dist.Normal(w, 1.0))
+
+    structure = structure_of(poutine.reparam(program, {"w": LocScaleReparam(0.0)}), ROWS)
+    assert list(structure.sites) == ["z", "w_decentered", "x"]
+    assert list(structure.observed) == ["x"]
+    assert parents(structure)["x"] == {"z", "w_decentered"}
 
 
 def test_a_support_that_moves_is_said():

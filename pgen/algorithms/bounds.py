@@ -189,8 +189,8 @@ def free_bits(kl: Tensor, floor: float) -> Tensor:
     return kl.clamp(min=floor).sum()
 
 
-def warmup(index: int, steps: int, fraction: float) -> float:
-    """Weight of the divergence at step `index`: rises linearly to 1 over the first `fraction` of `steps`.
+def warmup(index: int | Tensor, steps: int, fraction: float) -> float | Tensor:
+    """Weight of the divergence at step `index` (a tensor gives one): rises linearly to 1 over the first `fraction` of `steps`.
 
     Example:
         >>> [warmup(i, steps=8, fraction=0.5) for i in (0, 1, 3, 7)]
@@ -200,7 +200,10 @@ def warmup(index: int, steps: int, fraction: float) -> float:
         Ladder Variational Autoencoders (Sonderby et al., NeurIPS 2016), section 2.3, arXiv:1602.02282.
     """
     length = fraction * steps
-    return 1.0 if length <= 1 else min(1.0, (index + 1) / length)
+    if length <= 1:
+        return 1.0
+    risen = (index + 1) / length
+    return risen.clamp(max=1.0) if isinstance(risen, Tensor) else min(1.0, risen)
 
 
 class Evidence(NamedTuple):

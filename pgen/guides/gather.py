@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -94,7 +95,7 @@ def concatenate(parts: Sequence[Tensor]) -> Tensor:
     """Concatenate along the last dimension, broadcasting all others."""
     if len(parts) == 1:
         return parts[0]
-    batch = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
+    batch = np.broadcast_shapes(*(part.shape[:-1] for part in parts))
     return torch.cat([part.expand(*batch, part.shape[-1]) for part in parts], dim=-1)
 
 

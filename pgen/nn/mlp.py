@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -90,7 +91,7 @@ class MLP(nn.Module):
                 f"MLP got {got} as context; expected {wanted}: MLP(..., context={self.context})(x, context)."
             )
             raise DataError(msg)
-        batch = torch.broadcast_shapes(x.shape[:-1], context.shape[:-1])
+        batch = np.broadcast_shapes(x.shape[:-1], context.shape[:-1])
         return torch.cat([x.expand(*batch, -1), context.expand(*batch, -1)], dim=-1)
 
 

@@ -102,10 +102,15 @@ class Batches:
         """The number of rows to draw from."""
         return self.problem.rows if self.rows is None else self.rows.numel()
 
+    @property
+    def fixed(self) -> bool:
+        """Whether every batch is the whole, one and the same object."""
+        return self.count is None or self.count <= self.size
+
     def __call__(self, step: int) -> Problem:
         """The batch of that step."""
         count = self.count
-        if count is None or count <= self.size:
+        if count is None or self.fixed:
             if self._whole is None:
                 every = torch.arange(count) if self.rows is None and count is not None else self.rows
                 self._whole = self._moved(self.problem if every is None else self._taken(every))

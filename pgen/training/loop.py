@@ -25,10 +25,12 @@ from torch import Tensor
 from pgen.errors import CheckpointError, Diverged
 from pgen.history import History, Recorder, Stopped
 from pgen.observers import Audience
+from pgen.threads import threads_restored
 from pgen.training.batches import Batches, derive, forked
 from pgen.training.checkpoints import Checkpoints
+from pgen.training.learner import Learner
 from pgen.training.optimizers import Average
-from pgen.training.players import Learner, Step, clone, copy_into, finite
+from pgen.training.players import Step, clone, copy_into, finite
 
 CHECK_EVERY = 10
 """Steps between two looks at the metrics: a look waits for the device."""
@@ -101,7 +103,7 @@ class Training:
     def run(self, options: object = None) -> History:
         """Train to the end; `options` is what observers are told. Random generators are left as they were."""
         stopped: Stopped = "failed"
-        with forked(self.devices) as self._generators, torch.enable_grad():
+        with forked(self.devices) as self._generators, torch.enable_grad(), threads_restored():
             self.audience.start(options, self.steps)
             try:
                 self._resume()
@@ -147,7 +149,7 @@ class Training:
         try:
             batch = self.batches(index)
             for learner in self.learners:
-                metrics.update(learner.learn(batch, step, rate, self.context()))
+                metrics.update(learner.learn(batch, step, rate, self.context))
         except Exception as error:
             # Parameters that are not finite often show as an error first: Pyro refuses them, Cholesky fails.
             numerical = isinstance(error, (ArithmeticError, torch.linalg.LinAlgError)) and index > 0
@@ -291,6 +293,9 @@ class Training:
         elif self.average is not None:
             copy_into(_numbered(self._tensors), _numbered(self.average.values))
         for learner in self.learners:
+            told = None if learner.replays is None else learner.replays.warning()
+            if told is not None:
+                self.warnings.append(told)
             if learner.untouched and self.step:
                 names = ", ".join(map(repr, learner.untouched))
                 self.warnings.append(

@@ -126,8 +126,8 @@ EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "nodes": (lambda value: value == 1, f"1 {_single}"),
     "strategy": (lambda value: value is None, f"None {_single}"),
     "compile": (
-        lambda value: value is None or value is False or value == "auto",
-        "None, False or 'auto' (reserved)",
+        lambda value: value is None or value is False or value in ("auto", "inductor", "background"),
+        "'auto', 'inductor', 'background', False not to replay, or None for 'auto'",
     ),
 }
 

@@ -1,17 +1,15 @@
-"""Who optimises what: a player has parameters and a loss, a learner is a player with its optimiser."""
+"""Who optimises what: a player has parameters and a loss, which is differentiated on a batch at every step."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from torch.optim import Optimizer
+from torch.nn.utils import get_total_norm
 
 from pgen.errors import ProgramError
 from pgen.problem import Problem
@@ -21,15 +19,36 @@ from pgen.problem import Problem
 class Step:
     """Which step a loss is asked for.
 
+    A loss is run once and replayed (see `pgen.training.replays`), so it must not turn on numbers that torch does not
+    see. A schedule is a function of `number`, a tensor; one that reads `index` is never replayed.
+
     Attributes:
         index: the step, from 0.
         steps: how many there will be, for annealing.
         training: False where the loss is computed on held-out data, only to be looked at.
+
+    Example:
+        >>> step = Step(3, 10)
+        >>> (step.number / step.steps).clamp(max=1.0)
+        tensor(0.3000)
     """
 
     index: int
     steps: int
     training: bool = True
+
+    @property
+    def first(self) -> bool:
+        """Whether nothing was learned yet. The first step is never replayed: it is the one to check the data in."""
+        return self.index == 0
+
+    @property
+    def number(self) -> Tensor:
+        """The index as a tensor of no dimensions, which replays renew."""
+        return torch.tensor(float(self.index))
+
+    def as_written(self, why: str) -> None:
+        """Ask a loss not to be replayed, for a reason that completes "it ...": a replay would do something else."""
 
 
 @dataclass(frozen=True)
@@ -46,110 +65,41 @@ class Player:
     loss: Callable[[Problem, Step], tuple[Tensor, Mapping[str, float | Tensor]]]
 
 
-class Learner:
-    """A player with its optimiser.
+class Evaluation(NamedTuple):
+    """A loss with its metrics and its gradient, none of them part of a graph, or a view of a parameter.
 
     Attributes:
-        name: the player's.
-        player: its parameters and loss.
-        optimizer: moves the parameters. The learning rates that it begins with are those at rate 1.
-        clip_norm: the largest norm of a gradient; larger ones are shortened. None: as they are.
-        prefix: of the names of its metrics.
-        untouched: parameters that no loss has depended on so far.
+        loss: one number.
+        metrics: by name.
+        gradients: of each parameter, None for those that the loss does not depend on; empty if it depends on none.
     """
 
-    def __init__(
-        self,
-        name: str,
-        player: Player,
-        optimizer: Optimizer,
-        clip_norm: float | None = None,
-        prefix: str = "",
-    ) -> None:
-        self.name, self.player, self.optimizer = name, player, optimizer
-        self.clip_norm, self.prefix = clip_norm, prefix
-        self.tensors = list(player.parameters.values())
-        self.rates = [group["lr"] for group in optimizer.param_groups]
-        self.untouched = list(player.parameters)
-        self.watched = {f"{prefix}loss": "loss", f"{prefix}grad_norm": "gradient norm"}
-
-    def learn(
-        self, batch: Problem, step: Step, rate: float, context: AbstractContextManager[Any]
-    ) -> dict[str, float | Tensor]:
-        """Compute the loss on a batch, differentiate it, move; gives the metrics by their full names."""
-        with context:
-            loss, metrics = self.player.loss(batch, step)
-        if loss.ndim:
-            raise ProgramError(
-                f"the loss of player {self.name!r} has shape {tuple(loss.shape)}; expected one number, the "
-                "mean over the rows of the batch: loss.mean()"
-            )
-        loss_name, norm_name = self.watched
-        # Copies, since a metric may be a view of a parameter, which is about to change in place.
-        found = {self.prefix + name: _copy(value) for name, value in metrics.items()}
-        found = {loss_name: _copy(loss), **found}
-        if loss.requires_grad:
-            found[norm_name] = self._move(loss, rate)
-        return found
-
-    def _move(self, loss: Tensor, rate: float) -> Tensor:
-        for group, base in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = base * rate
-        gradients = torch.autograd.grad(loss, self.tensors, allow_unused=True)
-        gradients = [_laid_out_as(t, g) for t, g in zip(self.tensors, gradients, strict=True)]
-        for tensor, gradient in zip(self.tensors, gradients, strict=True):
-            tensor.grad = gradient
-        if self.untouched:
-            self.untouched = [name for name in self.untouched if self.player.parameters[name].grad is None]
-        norm = get_total_norm([g for g in gradients if g is not None])
-        if self.clip_norm is not None:
-            clip_grads_with_norm_(self.tensors, self.clip_norm, norm)
-        self.optimizer.step()
-        return norm
-
-    def release(self) -> None:
-        """Free the gradients."""
-        for tensor in self.tensors:
-            tensor.grad = None
-
-    def state(self) -> dict[str, Any]:
-        """Everything that learning changes; the tensors are the live ones."""
-        return {
-            "parameters": dict(self.player.parameters),
-            "optimizer": self.optimizer.state_dict(),
-            "untouched": list(self.untouched),
-        }
-
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Go back to a state, which can be used again."""
-        copy_into(self.player.parameters, state["parameters"])
-        self._require_shapes(state["optimizer"]["state"])
-        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
-        self.untouched = [name for name in self.player.parameters if name in state["untouched"]]
-
-    def _require_shapes(self, states: Mapping[int, Mapping[str, Any]]) -> None:
-        """Fused kernels trust their caller: a state of another shape would make them read foreign memory."""
-        if not any(group.get("fused") for group in self.optimizer.param_groups):
-            return
-        tensors = [tensor for group in self.optimizer.param_groups for tensor in group["params"]]
-        for i, state in states.items():
-            for name, value in state.items():
-                if isinstance(value, Tensor) and value.ndim and value.shape != tensors[i].shape:
-                    found = f"found {tuple(value.shape)}"
-                    raise ValueError(
-                        f"optimiser state {name!r}: expected shape {tuple(tensors[i].shape)}, {found}"
-                    )
+    loss: Tensor
+    metrics: Mapping[str, float | Tensor]
+    gradients: Sequence[Tensor | None]
 
 
-def _laid_out_as(tensor: Tensor, gradient: Tensor | None) -> Tensor | None:
-    """The gradient in the memory layout of its tensor: torch's fused Adam on CPU pairs numbers by address.
+def evaluate(
+    name: str, player: Player, batch: Problem, step: Step, context: AbstractContextManager[Any]
+) -> Evaluation:
+    """Run a player's loss on a batch, in a context, and differentiate it.
 
-    Convolutions of channels-last images, and sums, give gradients with strides of their own; `backward` would
-    copy them, `autograd.grad` does not, and the fused step then goes wrong in silence (torch 2.13).
+    Raises:
+        ProgramError: the loss is not one number.
     """
-    if gradient is None or gradient.stride() == tensor.stride():
-        return gradient
-    return torch.empty_like(tensor).copy_(gradient)
+    with context:
+        loss, metrics = player.loss(batch, step)
+    if loss.ndim:
+        raise ProgramError(
+            f"the loss of player {name!r} has shape {tuple(loss.shape)}; expected one number, the "
+            "mean over the rows of the batch: loss.mean()"
+        )
+    # Copies, since a metric may be a view of a parameter, which is about to change in place.
+    found = {name: m.detach().clone() if isinstance(m, Tensor) else m for name, m in metrics.items()}
+    if not loss.requires_grad:
+        return Evaluation(loss.clone(), found, ())
+    gradients = torch.autograd.grad(loss, list(player.parameters.values()), allow_unused=True)
+    return Evaluation(loss.detach().clone(), found, gradients)
 
 
 def require_trainable(players: Mapping[str, Player]) -> None:
@@ -179,10 +129,6 @@ def move(tensors: Mapping[str, Tensor], device: torch.device | None, dtype: torc
         moved = tensor.detach().to(device=device, dtype=cast)
         if moved.device != tensor.device or moved.dtype != tensor.dtype:
             tensor.data = moved
-
-
-def _copy(value: float | Tensor) -> float | Tensor:
-    return value.detach().clone() if isinstance(value, Tensor) else value
 
 
 def clone(tree: Any) -> Any:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributions import constraints
 
 import pgen
-from pgen.backends.exact.climb import Climb
+from pgen.backends.exact.climb import Climb, differentiated
 from pgen.run import Run
 
 QUIET = Run(progress=False)
@@ -170,7 +170,7 @@ def test_beyond_what_is_finite_there_is_a_wall():
             raise ValueError("no logarithm")
         return (x - x.log()).sum() + 1e4 * torch.relu(2 - x).sum()
 
-    climb = Climb(loss, [x])
+    climb = Climb(differentiated(loss, [x]), [x])
     climb.go()
     assert x.item() >= 0
     assert climb.lowest <= 2 - torch.tensor(2.0).log().item() + 1e-2

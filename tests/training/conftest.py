@@ -11,3 +11,9 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _replayed(monkeypatch):
+    """Short runs too: what is true of a run is true of its replays."""
+    monkeypatch.setattr("pgen.training.replays.FEWEST_STEPS", 0)

@@ -190,7 +190,8 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
 
 
 def test_a_full_disk_costs_the_checkpoint_but_not_the_run(tmp_path, monkeypatch):
-    run, whole, other = Run(steps=20, directory=tmp_path / "a", checkpoint_every=5), Network(), Network()
+    run = Run(steps=20, directory=tmp_path / "a", checkpoint_every=5, compile=False)
+    whole, other = Network(), Network()
     whole.fit(run)
     real = os.rename
 

@@ -38,7 +38,7 @@ BAD = {
     "devices": [2, 0, "all"],
     "nodes": [2],
     "strategy": ["ddp"],
-    "compile": [True, "inductor"],
+    "compile": [True, "jit"],
 }
 
 
@@ -169,7 +169,7 @@ def test_players_move_only_their_own_parameters_and_see_those_who_moved_before()
 def test_a_player_may_sit_steps_out():
     a = torch.tensor(1.0, requires_grad=True)
     loss = lambda batch, step: (a.square() if step.index % 2 else torch.tensor(0.0), {})  # noqa: E731
-    history = Run(steps=6).optimize({"a": Player({"a": a}, loss)}, problem(10))
+    history = Run(steps=6, compile=False).optimize({"a": Player({"a": a}, loss)}, problem(10))
     assert history["grad_norm"].isnan().tolist() == [True, False] * 3
     assert history.warnings == ()
 
@@ -269,9 +269,13 @@ def test_no_step_waits_for_the_device(monkeypatch):
             torch.Tensor, name, lambda self, *a, _real=real: (waits.append(1), _real(self, *a))[1]
         )
     monkeypatch.setattr("pgen.training.loop.CHECK_SECONDS", 1e9)
-    player = mean_player()
-    Run(steps=200, batch_size=16, lr=1e-3).optimize({"p": player}, problem())
-    assert len(waits) <= 200 // 10 + 10
+    counts = []
+    for steps in (200, 400):
+        waits.clear()
+        Run(steps=steps, batch_size=16, lr=1e-3, clip_norm=None).optimize({"p": mean_player()}, problem())
+        counts.append(len(waits))
+    # A block of metrics every 10 steps, a copy and a look at the parameters every 100, and one comparison more.
+    assert counts[1] - counts[0] <= 200 // 10 + 5
 
 
 # --- held-out data ------------------------------------------------------------------------------------------

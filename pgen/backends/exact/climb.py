@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import cast
 
@@ -17,10 +18,13 @@ from pgen.problem import Problem
 from pgen.run import Player, Run, Step
 from pgen.sampling import observed_scalars
 from pgen.structure import Structure
+from pgen.threads import threads_restored
 from pgen.training.batches import forked
-from pgen.training.players import require_trainable
+from pgen.training.optimizers import uncompiled
+from pgen.training.players import evaluate, require_trainable
 
 _ITERATIONS = 500
+_UNRECORDED = 60  # evaluations after which a recording is likely to pay
 _LEARNED = 5_000  # scalars at most that L-BFGS moves
 _OBSERVED = 20_000  # scalars at most that each of its evaluations looks at
 _FLAT = {torch.float64: 1e-9, torch.float32: 1e-6}  # a gradient, per row, at which there is nothing to gain
@@ -32,7 +36,7 @@ _NUMERICAL = (ArithmeticError, ValueError, torch.linalg.LinAlgError)
 
 
 def maximise(
-    player: Player, problem: Problem, structure: Structure, run: Run, buffers: Mapping[str, Tensor]
+    player: Player, problem: Problem, structure: Structure, run: Run, buffers: MutableMapping[str, Tensor]
 ) -> History:
     """Let a player optimise: to the maximum if the run leaves it open how and the problem is small.
 
@@ -61,20 +65,34 @@ def _small(player: Player, problem: Problem, structure: Structure) -> bool:
     return not streamed and learned <= _LEARNED and observed <= _OBSERVED
 
 
-def _climbed(player: Player, problem: Problem, run: Run, buffers: Mapping[str, Tensor]) -> History | None:
+def _climbed(
+    player: Player, problem: Problem, run: Run, buffers: MutableMapping[str, Tensor]
+) -> History | None:
     """Go to the maximum by L-BFGS; None, with all as it was, where the loss is no function of the point."""
     require_trainable({"program": player})
     began, stopped = time.perf_counter(), "finished"
     tensors, audience = list(player.parameters.values()), Audience(run.watchers())
     kept = {name: buffer.clone() for name, buffer in buffers.items()}
-    with forked([tensors[0].device]) as generators, torch.enable_grad():
+    replays = run.replays("program", player, tensors, buffers, fixed=True, wait=_UNRECORDED)
+    with forked([tensors[0].device]) as generators, torch.enable_grad(), threads_restored():
 
-        def loss(index: int = 1, seed: int = run.seed) -> Tensor:
+        def seeded(seed: int = run.seed) -> None:
             for generator in generators:
                 generator.manual_seed(seed)
-            return player.loss(problem, Step(index, _ITERATIONS))[0]
 
-        first, again = loss(0), loss(seed=run.seed + 1)
+        def evaluated() -> tuple[Tensor, Sequence[Tensor | None]]:
+            seeded()
+            step = Step(1, _ITERATIONS)
+            if replays is None:
+                found = evaluate("program", player, problem, step, nullcontext())
+            else:
+                found = replays(problem, step, nullcontext)
+            return found.loss, found.gradients
+
+        seeded()
+        first = player.loss(problem, Step(0, _ITERATIONS))[0]
+        seeded(run.seed + 1)
+        again = player.loss(problem, Step(1, _ITERATIONS))[0]
         unmoved = all(torch.equal(kept[name], buffer) for name, buffer in buffers.items())
         if not (unmoved and first.requires_grad and torch.allclose(first, again, rtol=1e-4, atol=1e-5)):
             with torch.no_grad():
@@ -83,12 +101,15 @@ def _climbed(player: Player, problem: Problem, run: Run, buffers: Mapping[str, T
             return None
         idle = [k for k, v in player.parameters.items() if _is_idle(first, v)]
         audience.start(run, _ITERATIONS)
-        climb = Climb(loss, tensors, audience)
+        climb = Climb(evaluated, tensors, audience)
         try:
             climb.go()
         except KeyboardInterrupt:
             stopped = "interrupted"
     warnings = []
+    told = None if replays is None else replays.warning()
+    if told is not None:
+        warnings.append(told)
     if idle:
         names = ", ".join(map(repr, idle))
         warnings.append(f"player 'program': no loss depends on {names}, which keep their values")
@@ -109,6 +130,18 @@ def _climbed(player: Player, problem: Problem, run: Run, buffers: Mapping[str, T
     return history
 
 
+def differentiated(
+    loss: Callable[[], Tensor], tensors: Sequence[Tensor]
+) -> Callable[[], tuple[Tensor, Sequence[Tensor | None]]]:
+    """A loss with its gradient."""
+
+    def evaluate() -> tuple[Tensor, Sequence[Tensor | None]]:
+        value = loss()
+        return value.detach(), torch.autograd.grad(value, list(tensors), allow_unused=True)
+
+    return evaluate
+
+
 class Climb:
     """A descent by L-BFGS that passes over numbers that are not finite, and ends at the best point it saw.
 
@@ -118,10 +151,13 @@ class Climb:
     """
 
     def __init__(
-        self, loss: Callable[[], Tensor], tensors: Sequence[Tensor], audience: Audience | None = None
+        self,
+        evaluate: Callable[[], tuple[Tensor, Sequence[Tensor | None]]],
+        tensors: Sequence[Tensor],
+        audience: Audience | None = None,
     ) -> None:
-        """Take a loss, always the same at the same values of the tensors, which are changed in place."""
-        self.loss, self.tensors, self.audience = loss, list(tensors), audience
+        """Take a loss with its gradient, always the same at the same values of the tensors, which are changed in place."""
+        self.evaluate, self.tensors, self.audience = evaluate, list(tensors), audience
         self.losses: list[float] = []
         self.norms: list[float] = []
         self._last = self._best = self._evaluated()
@@ -157,13 +193,14 @@ class Climb:
             self._put(self._best[0])
 
     def _optimizer(self) -> torch.optim.LBFGS:
-        return torch.optim.LBFGS(
-            self.tensors,
-            max_iter=1,
-            line_search_fn="strong_wolfe",
-            tolerance_grad=0.0,
-            tolerance_change=1e-12,
-        )
+        with uncompiled():
+            return torch.optim.LBFGS(
+                self.tensors,
+                max_iter=1,
+                line_search_fn="strong_wolfe",
+                tolerance_grad=0.0,
+                tolerance_change=1e-12,
+            )
 
     def _closure(self) -> Tensor:
         """The loss and its gradient where the tensors are; beyond all that is finite, a wall."""
@@ -185,8 +222,7 @@ class Climb:
 
     def _evaluated(self) -> tuple[Tensor, float, Tensor]:
         with torch.enable_grad():
-            loss = self.loss()
-            found = torch.autograd.grad(loss, self.tensors, allow_unused=True)
+            loss, found = self.evaluate()
         parts = [torch.zeros_like(t) if g is None else g for t, g in zip(self.tensors, found, strict=True)]
         return self._point(), loss.item(), torch.cat([part.detach().reshape(-1) for part in parts])
 

@@ -124,7 +124,7 @@ class Exact:
 
         def loss(batch: Problem, step: Step) -> tuple[Tensor, Mapping[str, float | Tensor]]:
             # Validation doubles the cost of a step; data and program were checked before the first.
-            with parameters.installed(step.training), validating(step.index == 0):
+            with parameters.installed(step.training), validating(step.first):
                 solution = Solution.of(batch, structure, groups, max_table=self.max_table, apart=apart)
                 return -solution.evidence().sum() / (batch.rows or count), {}
 

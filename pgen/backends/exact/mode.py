@@ -11,7 +11,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import biject_to
 
-from pgen.backends.exact.climb import Climb, maximise
+from pgen.backends.exact.climb import Climb, differentiated, maximise
 from pgen.backends.exact.finite import FinitePart
 from pgen.backends.exact.groups import evidenced, groups_of
 from pgen.capability import Exactness, Offer, Query, Rank, Refusal
@@ -90,7 +90,7 @@ def fit_mode(
     count = problem.rows or 1
 
     def loss(batch: Problem, step: Step) -> tuple[Tensor, Mapping[str, float | Tensor]]:
-        with parameters.installed(step.training), validating(step.index == 0):
+        with parameters.installed(step.training), validating(step.first):
             return -_log_joint(batch, structure, points, max_table) / count, {}
 
     if parameters.tensors:
@@ -98,8 +98,9 @@ def fit_mode(
         fitted.history = maximise(player, problem.whole(), structure, run, parameters.buffers)
     with parameters.installed(), torch.enable_grad():
         if points:
+            free = list(points.values())
             Climb(
-                lambda: -_log_joint(problem, structure, points, max_table) / count, list(points.values())
+                differentiated(lambda: -_log_joint(problem, structure, points, max_table) / count, free), free
             ).go()
         with torch.no_grad():
             nodes: Any = poutine.trace(At(points)(problem)).get_trace().nodes

@@ -22,6 +22,7 @@ from torch import Tensor
 from pgen.backends.mcmc.ledger import Block, Ledger, Shards, plain, typed
 from pgen.history import History
 from pgen.observers import Audience
+from pgen.threads import Work, threads_restored, use_threads
 from pgen.training.batches import derive
 
 BLOCK = 100  # draws of each chain between two states that can be saved
@@ -87,8 +88,14 @@ class Chains:
         last = self.ledger.last()
         if last is not None and last[0] == "draws" and last[1] >= draws:
             return
-        begun = self.template()
-        phase, done, saved = last or ("warmup", 0, plain(begun))
+        with threads_restored() as available:
+            with Work() as work:
+                begun = self.template()
+            use_threads(work.threads(available))
+            self._extend(begun, draws, last or ("warmup", 0, plain(begun)))
+
+    def _extend(self, begun: Any, draws: int, last: tuple[str, int, Any]) -> None:
+        phase, done, saved = last
         try:
             if phase == "warmup":
                 saved, done = self._warmed(typed(saved, begun), done), 0

@@ -58,7 +58,7 @@ class Regularizer:
         per: what a group is, a latent site or one dimension of its value.
     """
 
-    beta: float = 1.0
+    beta: float | Tensor = 1.0
     floor: float = 0.0
     per: Literal["site", "dimension"] = "site"
 

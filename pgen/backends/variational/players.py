@@ -91,7 +91,7 @@ class Players:
         terms, lanes = self.terms, self.coupling.weigh(batch, self.terms.particles)
         if not step.training:
             return objectives.elbo(self.coupling, batch, lanes, Regularizer())
-        beta = terms.beta * warmup(step.index, step.steps, terms.warmup)
+        beta = terms.beta * warmup(step.number, step.steps, terms.warmup)
         regularizer = Regularizer(beta, terms.free_bits, terms.free_bits_per)
         return objectives.elbo(self.coupling, batch, lanes, regularizer, self.baselines)
 

@@ -1,0 +1,46 @@
+"""Products by oneDNN are products."""
+
+import pytest
+import torch
+from torch import nn
+
+from pgen.algorithms.record import replay_of
+from pgen.algorithms.record.recording import recording_of
+from pgen.training import products
+from pgen.training.products import LEAST, by_onednn, with_products
+
+pytestmark = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available(), reason="this torch was built without oneDNN"
+)
+
+
+@pytest.fixture(autouse=True)
+def _wanted(monkeypatch):
+    monkeypatch.setattr(products, "pays", lambda: True)
+
+
+def recorded(rows, width, dtype=torch.float32):
+    torch.manual_seed(0)
+    layer, x = nn.Linear(width, 300).to(dtype), torch.randn(rows, width, dtype=dtype)
+
+    def function(x):
+        loss = layer(x).square().mean()
+        return loss, *torch.autograd.grad(loss, list(layer.parameters()))
+
+    return recording_of(function, [x], live=list(layer.parameters())).tape, x
+
+
+def test_they_give_the_same_forward_and_back():
+    tape, x = recorded(64, 200)
+    fast, plain = by_onednn(tape, [x]), replay_of(tape)
+    changed = with_products(tape, tape.run([x]))
+    assert sum("mkldnn" in op.name for op in changed.ops) == 2
+    for one, other in zip(plain(x), fast(x), strict=True):
+        assert torch.allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("rows", "width", "dtype"), [(4, 8, torch.float32), (64, 200, torch.float64)])
+def test_small_ones_and_those_in_double_precision_stay(rows, width, dtype):
+    tape, x = recorded(rows, width, dtype)
+    assert dtype != torch.float32 or rows * width * 300 < LEAST
+    assert with_products(tape, tape.run([x])).ops == tape.ops
