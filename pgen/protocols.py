@@ -12,7 +12,7 @@ The smallest real one is `plugins/pgen-template`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -73,4 +73,29 @@ class Backend(Protocol):
 
     def fit(self, problem: Problem, structure: Structure, run: Run) -> Answers:
         """Learn what is to be learned. The problem's sites are adapted by the paths of the offer already."""
+        ...
+
+
+@runtime_checkable
+class FitsMany(Protocol):
+    """What a backend may add: posteriors of many data sets in one batch, faster than one fit after the other.
+
+    `pgen.testing.sbc` uses it where it is there.
+    """
+
+    def posteriors(
+        self, problem: Problem, structure: Structure, run: Run, data: Mapping[str, Tensor], n: int
+    ) -> Sequence[Mapping[str, Tensor]] | None:
+        """Posterior draws for each of R data sets, of one shape and with the same inputs; None: not this program.
+
+        Args:
+            problem: the program on some data set; its observations are to be replaced.
+            structure: that problem's structure.
+            run: how to fit; its seed makes everything repeatable.
+            data: values of every observed site, `[R, ...]`; NaN means missing, in the same places in all.
+            n: independent draws wanted of each; where draws depend on each other, give enough to be worth so many.
+
+        Returns:
+            R mappings from every unobserved site to draws, `[at least n, ...]`, as `Answers.posterior` gives them.
+        """
         ...

@@ -1,5 +1,7 @@
-"""For authors of backends: a conformance kit, problems with exact answers, calibrated assertions."""
+"""For authors of backends: a conformance kit, calibration, problems with exact answers, assertions with error rates."""
 
+from pgen.testing.calibration import coverage, sbc
+from pgen.testing.calibration_report import Calibration, CalibrationRow, Coverage, CoverageRow
 from pgen.testing.conformance import CHECKS, Report, ReportRow, conformance, conformance_report
 from pgen.testing.problems import LEARNED, SUITED, UNSUITABLE, Reference
 from pgen.testing.statistics import (
@@ -23,6 +25,10 @@ __all__ = [
     "LEARNED",
     "SUITED",
     "UNSUITABLE",
+    "Calibration",
+    "CalibrationRow",
+    "Coverage",
+    "CoverageRow",
     "Reference",
     "Report",
     "ReportRow",
@@ -37,8 +43,10 @@ __all__ = [
     "assert_standard_normal",
     "conformance",
     "conformance_report",
+    "coverage",
     "discrepancy_noticed",
     "draws_needed",
     "draws_needed_for_cdf",
+    "sbc",
     "z_threshold",
 ]
