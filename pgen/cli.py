@@ -168,8 +168,9 @@ _run = _together(
 def fit(**given: Any) -> None:
     """Fit PROGRAM to data, and write a run directory.
 
-    It holds config.json, metrics.jsonl, fit/ (what was learned), samples.png and loss.png.
-    Ctrl-C stops early and keeps what was learned.
+    It holds config.json, metrics.jsonl, fit/ (what was learned), samples.png and loss.png; for Markov chains,
+    traces.png and chains/, from which a run that was killed goes on. Ctrl-C stops early and keeps what was
+    learned.
     """
     from pgen.commands.fit import fit
 

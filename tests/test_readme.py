@@ -15,13 +15,20 @@ import torch
 from click.testing import CliRunner
 
 import pgen
+from pgen.backends.mcmc.samplers import KERNELS
 from pgen.capability import Query
 from pgen.cli import main
 from pgen.commands.inputs import data_of, program_of
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
-DATA = {"made": "digits", "vae": "digits", "mixture": "gaussians", "ppca": "gaussians"}
+DATA = {
+    "made": "digits",
+    "vae": "digits",
+    "mixture": "gaussians",
+    "ppca": "gaussians",
+    "logistic-regression": "digits-labelled",
+}
 
 
 def blocks(language):
@@ -37,7 +44,7 @@ def rows():
 
 
 def test_the_swap_is_ten_lines_and_runs(tmp_path):
-    (code,) = blocks("python")
+    code = blocks("python")[0]
     (tmp_path / "swap.py").write_text(code)
     assert sum(bool(line.strip()) for line in code.splitlines()) == 10
     printed = io.StringIO()
@@ -46,10 +53,31 @@ def test_the_swap_is_ten_lines_and_runs(tmp_path):
     draws = names["fitted"].posterior(n=5000, seed=0)["p"]
     # Beta(5, 3): mean 0.625, sd 0.161; six standard errors are 0.014, and variational offers an estimate.
     found = [float(m) for m in re.findall(r"tensor\((0\.\d+)\)", printed.getvalue())]
-    assert found == pytest.approx([0.625, 0.625], abs=0.03)
+    assert found == pytest.approx([0.625, 0.625, 0.625], abs=0.03)
     assert torch.isfinite(draws).all()
     assert "exact" in printed.getvalue()
     assert "lower bound" in printed.getvalue()
+
+
+@pytest.mark.filterwarnings("ignore")  # of ArviZ, about its own future
+def test_the_chains_run(tmp_path):
+    pytest.importorskip("arviz_base", reason="needs arviz-base: pip install 'pgen-ppl[diagnostics]'")
+    swap, code = blocks("python")
+    (tmp_path / "chains.py").write_text(swap.partition("print")[0] + code)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        names = runpy.run_path(str(tmp_path / "chains.py"))
+    assert "R-hat" in printed.getvalue()
+    assert names["data_sets"].shape == (1000, 4)
+    row = names["fitted"].summary()["p"]
+    # Beta(5, 3); six of its own errors are passed by chance with probability 2e-9.
+    assert abs(row.mean - 0.625) < 6 * row.mcse_mean
+    assert {"posterior", "sample_stats", "log_likelihood"} <= set(names["tree"].children)
+
+
+def test_the_kernels_are_those_that_there_are():
+    lines = re.findall(r"^\| ((?:`[\w-]+`(?:, )?)+) \|[^|]+\| (?:yes|no)", TEXT, re.MULTILINE)
+    assert {k for line in lines for k in re.findall(r"`([\w-]+)`", line)} == set(KERNELS)
 
 
 @pytest.mark.parametrize(("name", "backend", "cells"), rows(), ids=lambda v: v if isinstance(v, str) else "")
@@ -67,8 +95,10 @@ def test_the_table_has_every_kind_of_row():
     assert {(program, backend) for program, backend, _ in rows()} >= {
         ("vae", "exact"),
         ("vae", "variational"),
+        ("vae", "mcmc"),
+        ("logistic-regression", "mcmc"),
     }
-    assert len(rows()) == 6
+    assert len(rows()) == 8
 
 
 def test_commands_are_spelt_as_the_command_line_has_them():

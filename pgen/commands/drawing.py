@@ -1,4 +1,4 @@
-"""What a run directory shows: draws of the data, as images or points, and the loss."""
+"""What a run directory shows: draws of the data, as images or points; the loss; chains."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from pathlib import Path
 from torch import Tensor
 
 from pgen.capability import Query
+from pgen.draws import Draws
 from pgen.fitted import Fitted
 from pgen.history import History
-from pgen.pictures import image_grid, loss_curve, scatter
+from pgen.pictures import image_grid, loss_curve, scatter, traces
 
 
 def draw_samples(
@@ -40,6 +41,12 @@ def draw_loss(history: History, path: Path) -> Path | None:
     if not any(math.isfinite(v) for series in losses.values() for v in series.tolist()):
         return None
     return loss_curve({k: v.tolist() for k, v in losses.items()}, path)
+
+
+def draw_chains(drawn: Draws | None, path: Path) -> Path | None:
+    """Draw the scalars whose chains agree least; None where there are no chains, or nothing moves."""
+    scalars = 0 if drawn is None else sum(x[0].numel() for x in drawn.values())
+    return traces(drawn, path) if drawn is not None and scalars else None
 
 
 def square(fitted: Fitted) -> tuple[int, int] | None:

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from pgen.choice import choose
-from pgen.commands.drawing import draw_loss, draw_samples
+from pgen.commands.drawing import draw_chains, draw_loss, draw_samples
 from pgen.commands.inputs import Program, Source, data_of, program_of
 from pgen.commands.options import typed
-from pgen.commands.output import emit, say
+from pgen.commands.output import emit, say, show
 from pgen.commands.rundir import Config, RunDirectory, unused
+from pgen.draws import Draws
 from pgen.errors import OptionError
 from pgen.fitted import Fitted
 from pgen.fitting import explain, make_backend
@@ -76,9 +77,12 @@ def fit(
     with directory.unless_failed():
         fitted = fit_program(wanted.call, rows, chosen, kwargs=wanted.kwargs, run=run, seed=seed)
         fitted.save(directory.fit)
-    pictures = _pictures(fitted, directory, getattr(getattr(source, "whole", None), "image", None), seed)
+    # Chains note how often they accepted; no other fit does.
+    drawn = fitted.draws() if "acceptance_rate" in fitted.history else None
+    image = getattr(getattr(source, "whole", None), "image", None)
+    pictures = _pictures(fitted, directory, image, seed, drawn)
     if as_json:
-        emit({"run": str(folder), **_summary(fitted)})
+        emit({"run": str(folder), **_summary(fitted), **({} if drawn is None else _posterior(drawn))})
         return
     written = [
         "config.json",
@@ -86,6 +90,8 @@ def fit(
         "fit/",
         *pictures,
     ]
+    if drawn is not None:
+        show(drawn.summary())
     say(f"{wanted.name} by {chosen.name}: {_training(fitted.history)}")
     say(f"answers {', '.join(f'{q.value}: {e.value}' for q, e in fitted.offer.answers.items())}")
     say(f"wrote {folder}: {', '.join(written)}")
@@ -170,18 +176,25 @@ def _held_out(text: str, source: Source | None) -> Any:
         return source.part(text)[1]
 
 
-def _pictures(fitted: Fitted, directory: RunDirectory, image: tuple[int, int] | None, seed: int) -> list[str]:
+def _pictures(
+    fitted: Fitted,
+    directory: RunDirectory,
+    image: tuple[int, int] | None,
+    seed: int,
+    drawn: Draws | None,
+) -> list[str]:
     """Names of the pictures that were drawn; none, with a warning, where matplotlib is missing."""
     if find_spec("matplotlib") is None:
         warnings.warn(
             "no pictures without matplotlib: pip install 'pgen-ppl[plots]'", UserWarning, stacklevel=2
         )
         return []
-    drawn = [
+    written = [
         draw_samples(fitted, directory.samples, seed=seed, image=image),
         draw_loss(fitted.history, directory.loss),
+        draw_chains(drawn, directory.traces),
     ]
-    return [path.name for path in drawn if path is not None]
+    return [path.name for path in written if path is not None]
 
 
 def _best(program: Program, data: Any) -> Backend:
@@ -200,6 +213,17 @@ def _summary(fitted: Fitted) -> dict[str, Any]:
         "loss": float(history["loss"][-1]) if "loss" in history and history.steps else None,
         "validation": history.validation[-1][1] if history.validation else None,
         "seed": fitted.seed,
+    }
+
+
+def _posterior(drawn: Draws) -> dict[str, Any]:
+    summary = drawn.summary()
+    keys = ("mean", "sd", "mcse_mean", "ess_bulk", "ess_tail", "r_hat")
+    return {
+        "posterior": {row.name: {key: getattr(row, key) for key in keys} for row in summary},
+        "chains": summary.chains,
+        "draws": summary.draws,
+        "warnings": list(summary.warnings),
     }
 
 

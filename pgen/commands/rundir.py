@@ -4,7 +4,9 @@
     metrics.jsonl   one line of metrics per step
     fit/            what was learned: safetensors, JSON and checksums (`Fitted.save`)
     samples.png     draws, where there is something to draw
-    loss.png        the loss by step
+    loss.png        the loss by step, where there was one
+    traces.png      the chains that agree least, where there are chains
+    chains/         their draws so far, from which a run that was killed goes on
     checkpoints/    only where checkpoints were asked for
 
 Nothing in it is executed. A program of the registry is found by its name; one that came from a file is only
@@ -29,17 +31,19 @@ from pgen.fitted import Fitted
 from pgen.fitting import load
 from pgen.plugins.loader import scan
 
-CONFIG, METRICS, FIT, SAMPLES, LOSS, CHECKPOINTS = (
+CONFIG, METRICS, FIT, SAMPLES, LOSS, TRACES, CHAINS, CHECKPOINTS = (
     "config.json",
     "metrics.jsonl",
     "fit",
     "samples.png",
     "loss.png",
+    "traces.png",
+    "chains",
     "checkpoints",
 )
 FORMAT = 1
 _LIMIT = 2**20  # bytes of a configuration; anything longer was not written here
-_OWN = frozenset({CONFIG, METRICS, FIT, SAMPLES, LOSS, CHECKPOINTS})
+_OWN = frozenset({CONFIG, METRICS, FIT, SAMPLES, LOSS, TRACES, CHAINS, CHECKPOINTS})
 
 
 @dataclass(frozen=True)
@@ -146,6 +150,11 @@ class RunDirectory:
     def loss(self) -> Path:
         """The picture of the loss."""
         return self.path / LOSS
+
+    @property
+    def traces(self) -> Path:
+        """The picture of chains."""
+        return self.path / TRACES
 
     @property
     def checkpoints(self) -> Path:
