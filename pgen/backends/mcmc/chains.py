@@ -139,7 +139,18 @@ class Chains:
         means = {name: series.double().mean(-1) for name, series in block.stats.items()}
         total = self.seconds["warmup"] + self.seconds["draws"]
         times = torch.linspace(self.seconds["warmup"], total, len(block) + 1, dtype=torch.float64)[1:]
-        return History(metrics={**means, "seconds": times}, steps=len(block), seconds=total, seed=self.seed)
+        moved = getattr(self.sampler, "moved", 0)
+        said = (
+            f"{moved} of {self.count} chains had warmed up in a place of less than a thousandth of the mass, and began anew "
+            "beside others"
+        )
+        return History(
+            metrics={**means, "seconds": times},
+            steps=len(block),
+            seconds=total,
+            seed=self.seed,
+            warnings=(said,) if moved else (),
+        )
 
 
 def _report(block: Block) -> dict[str, float]:

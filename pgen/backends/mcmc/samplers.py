@@ -203,6 +203,7 @@ class Cautious:
     usual: Any
     careful: Any
     target: LogDensity
+    moved: int = 0  # chains that began anew
 
     @property
     def warmup(self) -> int:
@@ -222,8 +223,9 @@ class Cautious:
         _, block = self.usual.run(self.usual.ready(state.state), _TRIAL)
         last = block.positions[-1]
         if state.stage == 0:
-            astray = hopeless(self.target(last)[0], last.shape[1])
+            astray = hopeless(self.target, block.positions)
             if bool(astray.any()):
+                self.moved += int(astray.sum())
                 others = (~astray).nonzero().squeeze(-1)
                 beside = others[torch.randint(len(others), astray.shape, device=last.device)]
                 moved = torch.where(astray[:, None], last[beside], last)
@@ -245,17 +247,22 @@ class Cautious:
         return self.usual.run(state, draws)
 
 
-def hopeless(log_density: Tensor, size: int) -> Tensor:
-    """Chains `[C]` in places that cannot matter: their density is too low for any volume that they may have.
+def hopeless(target: LogDensity, positions: Tensor) -> Tensor:
+    """Chains `[C]` that are in a place of hardly any mass, by what they drew lately, `[n, C, d]`.
 
-    Below the median by more than ten times the usual deviation from it, ten nats, and two for every dimension: to weigh a
-    hundredth of the rest, such a mode would have to be e² times as wide in all directions.
+    The mass of the place where a chain is goes, up to a constant, as exp of its mean log density times the volume that
+    it covers. Below the median by more than seven nats and five times the usual deviation from it, a chain stands for
+    less than a thousandth of what it would count for.
     """
-    if len(log_density) < _FEW_TO_JUDGE:
-        return torch.zeros_like(log_density, dtype=torch.bool)
-    centre = log_density.median()
-    usual = 1.4826 * (log_density - centre).abs().median()
-    return log_density < centre - (10 * usual + 10 + 2 * size)
+    chains = positions.shape[1]
+    if chains < _FEW_TO_JUDGE:
+        return torch.zeros(chains, dtype=torch.bool, device=positions.device)
+    heights = torch.stack([target(position)[0] for position in positions[::3]]).mean(0)
+    tiny = torch.finfo(positions.dtype).tiny
+    mass = heights + 0.5 * positions.var(0).clamp_min(tiny).log().sum(-1)
+    centre = mass.median()
+    usual = 1.4826 * (mass - centre).abs().median()
+    return ~(mass > centre - (7 + 5 * usual))
 
 
 @dataclass
