@@ -141,7 +141,7 @@ class Chains:
         times = torch.linspace(self.seconds["warmup"], total, len(block) + 1, dtype=torch.float64)[1:]
         moved = getattr(self.sampler, "moved", 0)
         said = (
-            f"{moved} of {self.count} chains had warmed up in a place of less than a thousandth of the mass, and began anew "
+            f"{moved} of {self.count} chains had warmed up in a place of hardly any mass, and began anew "
             "beside others"
         )
         return History(

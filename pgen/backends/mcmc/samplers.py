@@ -29,7 +29,7 @@ _FEW = 32  # chains: below, warm-up has less to pool and takes longer
 _POOLED_BLOCK = 25
 _TRIAL = 30  # iterations
 _DIVERGENT = 0.0  # of trajectories: beyond, steps are too long
-_CAREFUL = 0.95  # acceptance
+_CAREFUL = 0.98  # acceptance
 _FEW_TO_JUDGE = 8  # chains: fewer do not tell what is usual
 _STATISTICS = {
     "accept": "acceptance_rate",
@@ -251,8 +251,8 @@ def hopeless(target: LogDensity, positions: Tensor) -> Tensor:
     """Chains `[C]` that are in a place of hardly any mass, by what they drew lately, `[n, C, d]`.
 
     The mass of the place where a chain is goes, up to a constant, as exp of its mean log density times the volume that
-    it covers. Below the median by more than seven nats and five times the usual deviation from it, a chain stands for
-    less than a thousandth of what it would count for.
+    it covers. Below the median by more than five nats and five times the usual deviation from it, a chain stands for
+    less than a hundredth of what it would count for.
     """
     chains = positions.shape[1]
     if chains < _FEW_TO_JUDGE:
@@ -262,7 +262,7 @@ def hopeless(target: LogDensity, positions: Tensor) -> Tensor:
     mass = heights + 0.5 * positions.var(0).clamp_min(tiny).log().sum(-1)
     centre = mass.median()
     usual = 1.4826 * (mass - centre).abs().median()
-    return ~(mass > centre - (7 + 5 * usual))
+    return ~(mass > centre - (5 + 5 * usual))
 
 
 @dataclass
