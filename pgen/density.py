@@ -33,8 +33,6 @@ from pgen.isolation import validating
 from pgen.problem import Problem
 from pgen.structure import Structure
 
-_CHUNK = 1024  # vectors whose values are read at once
-
 
 @dataclass(frozen=True)
 class Slot:
@@ -414,31 +412,32 @@ class Functions:
     cost: tuple[int, float] = (0, 0.0)
 
 
-def functions_of(density: Density, *, recorded: bool = True, lift: bool = True) -> Functions:
+def functions_of(density: Density, *, rows: int = 32, recorded: bool = True, lift: bool = True) -> Functions:
     """The density as kernels take it.
 
     Args:
         density: of a program.
+        rows: vectors to try it on: as many as there will be, where that is known, so that one recording does.
         recorded: replay a recording, instead of running the program each time.
         lift: compute in double precision, whatever precision the program is written in.
     """
     device = density.problem.device
     dtype = torch.float64 if lift else density.dtype
-    two = torch.zeros(2, density.size, dtype=dtype, device=device)
+    some = torch.zeros(rows, density.size, dtype=dtype, device=device)
     try:
         if not recorded:
-            density.value_and_gradient(two.to(density.dtype))
+            density.value_and_gradient(some.to(density.dtype))
             together = _cast(density.value_and_gradient, density.dtype)
-            return Functions(together, _chunked(_cast(density.values, density.dtype)), "unrecorded")
+            values = partial(_chunked, _cast(density.values, density.dtype), rows)
+            return Functions(together, values, "unrecorded")
         together = Recorded(density.value_and_gradient, lift=lift, fallback=False)
         values = Recorded(density.values, lift=lift, fallback=False)
-        together(two)
-        values(two)
-        return Functions(together, _chunked(values), "recorded", cost=_cost(together, two))
+        together(some)
+        return Functions(together, partial(_chunked, values, rows), "recorded", cost=_cost(together, some))
     except (Unrecordable, RuntimeError) as error:
         where = where_raised(error.__traceback__)
         why = str(error).splitlines()[0] + (f" (at {where})" if where and where not in str(error) else "")
-    one = two[0]
+    one = some[0]
     try:
         if recorded:
             alone = Recorded(density.alone, lift=lift, fallback=False)
@@ -487,14 +486,11 @@ def _each(value: Callable[[Tensor], dict[str, Tensor]], positions: Tensor) -> di
     return {name: torch.stack([f[name] for f in found]) for name in found[0]}
 
 
-def _chunked(values: Callable[[Tensor], dict[str, Tensor]]) -> Callable[[Tensor], dict[str, Tensor]]:
+def _chunked(
+    values: Callable[[Tensor], dict[str, Tensor]], size: int, positions: Tensor
+) -> dict[str, Tensor]:
     """In pieces of one size, so that one recording serves any number and memory stays bounded."""
-
-    def apply(positions: Tensor) -> dict[str, Tensor]:
-        n = len(positions)
-        size = min(_CHUNK, 1 << (n - 1).bit_length())
-        whole = torch.cat([positions, positions[:1].expand(-n % size, -1)])
-        found = [values(part.contiguous()) for part in whole.split(size)]
-        return {name: torch.cat([f[name] for f in found])[:n] for name in found[0]}
-
-    return apply
+    n = len(positions)
+    whole = torch.cat([positions, positions[:1].expand(-n % size, -1)])
+    found = [values(part.contiguous()) for part in whole.split(size)]
+    return {name: torch.cat([f[name] for f in found])[:n] for name in found[0]}

@@ -196,7 +196,7 @@ class MCMC:
             chains = self.chains or 4
             parts = (functions, chains, Idle(chains), lambda: torch.zeros(chains, 0), functions.values)
         else:
-            functions = functions_of(density, recorded=recorded, lift=lift)
+            functions = functions_of(density, rows=self._tried(), recorded=recorded, lift=lift)
             target = self._noisy(density, lift, run) if self._subsampled else functions.target
             chains = self._chain_count(functions)
             sampler = self._sampler(self._options(chains, functions.way in ("recorded", "in turn")), target)
@@ -270,6 +270,9 @@ class MCMC:
             recorded,
         )
 
+    def _tried(self) -> int:
+        return self.chains if self.chains is not None else _FEWEST
+
     def _kernel_for(self, chains: int | None) -> str:
         """What suits so many chains: ChEES learns from all of them, a tree needs none but its own."""
         return "chees" if chains is None or chains >= _POOLING else "nuts"
@@ -284,6 +287,8 @@ class MCMC:
         if functions.way not in ("recorded", "unrecorded"):
             return 4
         operations, numbers = functions.cost
+        if operations > _FEWER[-1][0]:  # to record it once more takes longer than more chains would save
+            return _FEWEST
         ratio = operations * _MICROSECONDS * 1000 / max(1.0, numbers * _NANOSECONDS)
         return next((c for c in (_MOST, 64) if c <= ratio), _FEWEST)
 
