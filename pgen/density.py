@@ -89,18 +89,18 @@ class Density:
             Refused: finite latents cannot be summed out; the refusal names the site.
         """
         with validating(False), torch.no_grad():
-            trace = poutine.trace(problem).get_trace()
+            nodes: Any = poutine.trace(problem).get_trace().nodes
         slots: list[Slot] = []
         start = 0
         for name in structure.latents:
             if name in finite or name in held:
                 continue
-            node = trace.nodes[name]
+            node = nodes[name]
             shape = torch.Size(node["value"].shape)
             free = torch.Size(_bijection(name, node["fn"]).inverse_shape(shape))
             slots.append(Slot(name, shape, free, start))
             start += math.prod(free)
-        values = {s.name: trace.nodes[s.name]["value"] for s in slots}
+        values = {s.name: nodes[s.name]["value"] for s in slots}
         found = Density(problem, structure, tuple(slots), tuple(finite), tuple(held))
         if finite:
             with validating(False), torch.no_grad():
@@ -167,7 +167,7 @@ class Density:
         batch = self.problem.take(torch.randint(rows, (size,), device=positions.device))
         u = positions.detach().requires_grad_()
         with validating(False), torch.enable_grad(), ScaleRows(self.structure.data_plates, batch.scale):
-            value = torch.vmap(lambda one: self.log_density(one, batch))(u)
+            value = torch.vmap(partial(self.log_density, problem=batch))(u)
             gradient = _slope(value.sum(), u)
         return value.detach(), gradient
 
@@ -183,7 +183,7 @@ class Density:
 
         def one(group: Tensor, seen: dict[str, Tensor]) -> Tensor:
             problem = replace(self.problem, observations={**self.problem.observations, **seen})
-            return torch.vmap(lambda position: self.log_density(position, problem))(group)
+            return torch.vmap(partial(self.log_density, problem=problem))(group)
 
         with validating(False), torch.enable_grad():
             value = torch.vmap(one)(u.reshape(sets, -1, u.shape[-1]), dict(data)).reshape(-1)
@@ -194,9 +194,13 @@ class Density:
         """The same given values `[C, ...]` of the latents in `held`."""
         u = positions.detach().requires_grad_()
         with validating(False), torch.enable_grad():
-            value = torch.vmap(lambda one, held: self.log_density(one, given=held))(u, dict(choices))
+            value = torch.vmap(self.given_choice)(u, dict(choices))
             gradient = _slope(value.sum(), u)
         return value.detach(), gradient
+
+    def given_choice(self, position: Tensor, choice: Mapping[str, Tensor]) -> Tensor:
+        """Log density of one vector given values of the latents in `held`."""
+        return self.log_density(position, given=choice)
 
     def alone(self, position: Tensor) -> tuple[Tensor, Tensor]:
         """Log density, a scalar, and its gradient `[d]` at one vector `[d]`."""

@@ -105,15 +105,16 @@ class Tempered:
 
     def run(self, state: Columns, draws: int) -> tuple[Columns, Block]:
         """So many draws of each chain."""
-        path = state.reference.path(self.target)
         kernel: Any = self.kernel
+        path: Any = state.reference.path(self.target)
+        tuning: Any = state.tuning
         replicas, x, info = iterate(
             kernel,
             state.replicas,
-            state.tuning,
+            tuning,
             path,
             draws * self.thin,
-            self.wrap,  # type: ignore[arg-type]
+            self.wrap,
         )
         return state._replace(replicas=replicas), thinned(state.reference.place(x), info, self.thin)
 

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from pgen.backends.mcmc.ledger import Block, Ledger, Shards, plain, typed
+from pgen.backends.mcmc.ledger import Block, Ledger, Shards, laid_out, plain, typed
 from pgen.history import History
 from pgen.observers import Audience
 from pgen.threads import Work, threads_restored, use_threads
@@ -99,13 +99,13 @@ class Chains:
         try:
             if phase == "warmup":
                 saved, done = self._warmed(typed(saved, begun), done), 0
-                state = self.sampler.ready(saved)
+                state = laid_out(self.sampler.ready(saved))
             else:
                 state = typed(saved, self.sampler.ready(begun))
             self._drawn(state, done, draws)
         except KeyboardInterrupt:
-            last = self.ledger.last()
-            if last is None or last[0] != "draws":
+            there = self.ledger.last()
+            if there is None or there[0] != "draws":
                 raise
         finally:
             if isinstance(self.ledger, Shards) and self.ledger.pending:
@@ -116,6 +116,7 @@ class Chains:
         while not self.sampler.warmed(state):
             torch.manual_seed(derive(self.seed, "mcmc", "warmup", done))
             state, iterations = self.sampler.warm(state)
+            state = laid_out(state)
             done += iterations
             self.ledger.warmed(done, plain(state))
             self.audience.step(done - 1, {"warmup": done})
@@ -127,6 +128,7 @@ class Chains:
         while done < draws:
             torch.manual_seed(derive(self.seed, "mcmc", "draws", done))
             state, block = self.sampler.run(state, BLOCK)
+            state = laid_out(state)
             self._newest = plain(state)
             self.ledger.drawn(block, self._newest)
             done += len(block)

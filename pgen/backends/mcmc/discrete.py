@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pgen.algorithms.adaptation.metric import covariance, gathered, nothing, scale_of
 from pgen.algorithms.adaptation.step_size import Averaging, DualAveraging
-from pgen.algorithms.kernels.base import Info, Kernel, Tuning, untuned
+from pgen.algorithms.kernels.base import Info, Tuning, untuned
 from pgen.algorithms.kernels.gibbs import Gibbs, GibbsWithGradients
 from pgen.algorithms.kernels.hmc import HMC
 from pgen.algorithms.kernels.iterate import Wrap, iterate
@@ -48,13 +48,14 @@ class Flips:
     @staticmethod
     def of(density: Density) -> Flips:
         """Those of a density."""
-        shapes, supports = {}, {}
+        shapes: dict[str, torch.Size] = {}
+        supports: dict[str, Tensor] = {}
         with validating(False), torch.no_grad():
-            trace = poutine.trace(density.problem).get_trace()
+            nodes: Any = poutine.trace(density.problem).get_trace().nodes
         for name in density.held:
-            fn = trace.nodes[name]["fn"]
+            fn = nodes[name]["fn"]
             event = len(fn.event_shape)
-            value = trace.nodes[name]["value"]
+            value = nodes[name]["value"]
             shapes[name] = value.shape[: value.dim() - event]
             support = fn.enumerate_support(expand=False)
             supports[name] = support.reshape(support.shape[:1] + support.shape[support.dim() - event :])
@@ -103,8 +104,8 @@ class InTurn:
 
     density: Density
     flips: Flips
-    kernel: Kernel
-    target: Joint
+    kernel: Any  # `Mixed`, whose positions and targets are pairs
+    target: Any
     wrap: Wrap
     warmup: int = 400
     accept: float = 0.8
@@ -150,7 +151,9 @@ class InTurn:
 
     def run(self, state: Moving, draws: int) -> tuple[Moving, Block]:
         """So many draws of each chain."""
-        inner, kept, infos = state.kernel, [], []
+        inner = state.kernel
+        kept: list[Tensor] = []
+        infos: list[Info] = []
         for _ in range(draws):
             inner, _, info = iterate(self.kernel, inner, state.tuning, self.target, self.thin, self.wrap)
             kept.append(torch.cat([inner.position, inner.choices.to(inner.position.dtype)], 1))
@@ -174,18 +177,18 @@ def in_turn(
     def value(q: Tensor, z: Tensor) -> Tensor:
         with validating(False), torch.no_grad():
             q = q[:, : density.size]
-            return torch.vmap(lambda one, held: density.log_density(one, given=held))(q, flips.values(z))
+            return torch.vmap(density.given_choice)(q, flips.values(z))
 
     def slope(q: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         x, q = x.detach().requires_grad_(), q[:, : density.size]
         with validating(False), torch.enable_grad():
-            found = torch.vmap(lambda one, held: density.log_density(one, given=held))(q, flips.relaxed(x))
+            found = torch.vmap(density.given_choice)(q, flips.relaxed(x))
             (gradient,) = torch.autograd.grad(found.sum(), x)
         return found.detach(), gradient
 
-    fast = [Recorded(fn, lift=lift) for fn in (continuous, slope if relaxed else value)]
+    discrete: Any = slope if relaxed else value
     kernel = (GibbsWithGradients if relaxed else Gibbs)(flips.cardinalities)
-    target = Joint(fast[0], fast[1])
+    target = Joint(Recorded(continuous, lift=lift), Recorded(discrete, lift=lift))
     mixed = Mixed(HMC(steps=8), kernel)
     return InTurn(density, flips, mixed, target, wrap, warmup or 400, accept or 0.8, thin)
 

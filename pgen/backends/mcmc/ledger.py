@@ -48,6 +48,20 @@ def plain(state: Any) -> Any:
     return tuple(plain(item) for item in state) if isinstance(state, tuple) else state
 
 
+def laid_out(state: Any) -> Any:
+    """The same state, its tensors laid out in memory as a file gives them back.
+
+    Products of matrices round otherwise where a factor is laid out by columns: without this, chains that were put away
+    would go on by other digits than chains that were not.
+    """
+    if isinstance(state, Tensor):
+        return state.contiguous()
+    if not isinstance(state, tuple):
+        return state
+    items = [laid_out(item) for item in state]
+    return type(state)(*items) if hasattr(state, "_fields") else tuple(items)
+
+
 def typed(state: Any, template: Any) -> Any:
     """The inverse of `plain`, by a state of the same kind."""
     if not isinstance(template, tuple):
@@ -158,7 +172,8 @@ class Shards:
         """Write what has not been written."""
         if not self.pending:
             return
-        block, self.pending = joined(self.pending), []
+        block = joined(self.pending)
+        self.pending = list[Block]()
         tensors = {"positions": block.positions} | {f"stats/{k}": v for k, v in block.stats.items()}
         self._write("draws", self._done() + len(block), state, tensors)
 
@@ -172,7 +187,8 @@ class Shards:
 
     def read(self) -> Block:
         """All draws, read from disk."""
-        blocks, done = [], 0
+        blocks: list[Block] = []
+        done = 0
         for path in self._found("draws"):
             tensors, metadata = self._load(path)
             stats = {k.partition("/")[2]: v for k, v in tensors.items() if k.startswith("stats/")}

@@ -78,7 +78,9 @@ def needs(
             f"plate {drawn[0]!r} looks at a random part of its rows, so that the density is another one at every call; "
             "use all rows, or kernel='sgld' or 'sghmc'",
         )
-    moved, summed, flipped = [], [], []
+    moved: list[str] = []
+    summed: list[str] = []
+    flipped: list[str] = []
     for name in structure.latents:
         site = structure.sites[name]
         if not site.discrete:

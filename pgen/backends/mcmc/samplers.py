@@ -362,7 +362,7 @@ def _sampler_of(options: Options, target: LogDensity) -> Any:
     if isinstance(kernel, (ULA, SGLD, SGHMC)):
         tune = functools.partial(untuned, step_size=options.step_size)
         return Fixed(kernel, target, warmup, wrap, tune, thin)
-    tuned: dict[str, tuple[Kernel, float]] = {
+    tuned: dict[str, tuple[Any, float]] = {
         "nuts": (NUTS(max_depth=options.max_depth), 0.8),
         "hmc": (HMC(), 0.651),
         "mala": (MALA(), 0.574),
