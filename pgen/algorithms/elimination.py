@@ -51,6 +51,36 @@ def colouring(neighbours: Mapping[Name, Collection[Name]]) -> dict[Name, int]:
     return colours
 
 
+def chains_of(scopes: Iterable[Collection[str]], inner: Collection[str]) -> list[list[str]]:
+    """Paths in which every name but the two ends is in `inner`, and meets only the one before and the one after.
+
+    >>> chains_of(["ab", "bc", "cd", "b", "de", "df"], "bcd")
+    [['a', 'b', 'c', 'd']]
+    """
+    scopes = [frozenset(scope) for scope in scopes]
+    neighbours = moral_neighbours(scopes)
+    crowded = {name for scope in scopes if len(scope) > 2 for name in scope}
+    passed = {name for name in inner if name not in crowded and len(neighbours.get(name, ())) == 2}
+    found: list[list[str]] = []
+    done: set[str] = set()
+    for name in inner:
+        if name not in passed or name in done:
+            continue
+        chain = [name]
+        done.add(name)
+        for end in (0, -1):  # from there in both directions
+            while (here := chain[end]) in passed:
+                ahead = [other for other in neighbours[here] if other not in chain[:2] + chain[-2:]]
+                if not ahead:
+                    break
+                following = min(ahead)
+                done.add(following)
+                chain.insert(0 if end == 0 else len(chain), following)
+        if chain[0] not in passed and chain[-1] not in passed:  # not a ring
+            found.append(chain)
+    return found
+
+
 def elimination_order(
     scopes: Sequence[Collection[str]], sizes: Mapping[str, int], eliminate: Collection[str]
 ) -> list[str]:

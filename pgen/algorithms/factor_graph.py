@@ -7,13 +7,15 @@ spent.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
 from torch import Tensor
 
-from pgen.algorithms.elimination import elimination_order
+from pgen.algorithms.elimination import chains_of, elimination_order
 
 #: Most numbers that one intermediate table may hold unless the caller says otherwise: 1 GiB of float64.
 MAX_TABLE = 2**27
@@ -87,13 +89,23 @@ class FactorGraph:
         return sizes
 
 
+LONG_CHAIN = 24
+"""Variables of a chain from which on it is multiplied two by two."""
+SMALL_LINK = 1500
+"""Most numbers that a product of two links may form, over all plates and copies: the work grows by the number of values,
+the operations fall to the logarithm of the length, and up to here these outweigh it."""
+
 #: How to align a table with the names of a step: a permutation, then a shape that broadcasts.
 _View = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 @dataclass(frozen=True)
 class Step:
-    """Multiply `inputs`, aligned to `names`; then sum out the last name, or multiply over plates."""
+    """Multiply `inputs`, aligned to `names`; then sum out the last name, or multiply over plates.
+
+    Where it is a `chain`, the inputs are the links of one, from each variable to the next in the last two dimensions;
+    then their product as matrices.
+    """
 
     inputs: tuple[int, ...]  # slots: the factors first, then one per step
     views: tuple[_View, ...]  # one per input
@@ -101,6 +113,7 @@ class Step:
     variable: str | None
     products: tuple[int, ...] = ()
     power: float = 1.0
+    chain: bool = False
 
 
 @dataclass(frozen=True)
@@ -112,12 +125,18 @@ class Plan:
     sizes: Mapping[str, int]
 
 
-def plan_of(graph: FactorGraph, max_table: int = MAX_TABLE) -> Plan:
+def plan_of(graph: FactorGraph, max_table: int = MAX_TABLE, *, copies: int | None = None) -> Plan:
     """The plan that sums every variable of a graph.
 
     Innermost plates first: the variables that live there are eliminated one by one, what remains is
     multiplied over the plates that its variables do not live in, and so outward (Obermeyer et al. 2019,
     algorithm 2).
+
+    Args:
+        graph: the factors.
+        max_table: most numbers in one intermediate table.
+        copies: how often it is carried out at once, as under `vmap`. If given, long Markov chains of few values are
+            multiplied as matrices, two by two, instead of summed from end to end.
 
     Raises:
         TableTooLarge: an intermediate table would exceed `max_table`.
@@ -135,6 +154,7 @@ def plan_of(graph: FactorGraph, max_table: int = MAX_TABLE) -> Plan:
         tuple(graph.keep),
         tuple(graph.powers.items()),
         max_table,
+        copies,
     )
 
 
@@ -146,12 +166,13 @@ def plan_scopes(
     keep: tuple[str, ...],
     powers: tuple[tuple[str, float], ...],
     max_table: int,
+    copies: int | None = None,
 ) -> Plan:
     """The plan, from names and sizes alone; remembered, since a training loop asks for it at every step.
 
     The arguments are those of `FactorGraph`, as a key: `scopes` are the names of each factor.
     """
-    return _Planner(scopes, dict(variables), dict(sizes), keep, dict(powers), max_table).plan()
+    return _Planner(scopes, dict(variables), dict(sizes), keep, dict(powers), max_table, copies).plan()
 
 
 class _Planner:
@@ -165,7 +186,9 @@ class _Planner:
         keep: tuple[str, ...],
         powers: dict[str, float],
         max_table: int,
+        copies: int | None = None,
     ) -> None:
+        self.copies = copies
         self.slots: list[tuple[str, ...]] = list(scopes)
         self.sizes, self.keep, self.powers, self.max_table = sizes, keep, powers, max_table
         self.steps: list[Step] = []
@@ -216,6 +239,8 @@ class _Planner:
         """Sum `names` out of the product of `slots`; what is left mentions only variables of outer plates."""
         if not names:
             return slots
+        if self.copies is not None:
+            slots, names = self._chained(slots, names)
         scopes = [[name for name in self.slots[slot] if name in self.variables] for slot in slots]
         live = dict.fromkeys(slots)
         mentions: dict[str, set[int]] = {name: set() for name in names}
@@ -235,6 +260,51 @@ class _Planner:
                 if other in mentions:
                     mentions[other].add(new)
         return list(live)
+
+    def _chained(self, slots: list[int], names: list[str]) -> tuple[list[int], list[str]]:
+        """Replace every long chain by one table of its two ends; gives the slots and the names that are left."""
+        around: dict[str, set[int]] = {}
+        for slot in slots:
+            for name in self.slots[slot]:
+                if name in self.variables:
+                    around.setdefault(name, set()).add(slot)
+        scope = {slot: frozenset(n for n in self.slots[slot] if n in self.variables) for slot in slots}
+        live, left = dict.fromkeys(slots), dict.fromkeys(names)
+        for chain in chains_of([scope[slot] for slot in slots], names):
+            if len(chain) <= LONG_CHAIN or len({self.sizes[name] for name in chain}) > 1:
+                continue
+            plates = {
+                name for v in chain for s in around[v] for name in self.slots[s] if name not in self.variables
+            }
+            rows = (self.copies or 1) * math.prod(self.sizes[name] for name in plates)
+            if rows * self.sizes[chain[0]] ** 3 > SMALL_LINK:
+                continue
+            links = []
+            for at, (one, other) in enumerate(itertools.pairwise(chain)):
+                inner = at < len(chain) - 2  # the last variable stays, with what it has of its own
+                between = {
+                    s for s in around[other] if scope[s] == {one, other} or (inner and scope[s] == {other})
+                }
+                links.append(self._multiply(sorted(between), []))
+                for slot in between:
+                    del live[slot]
+            live[self._link(links, chain)] = None
+            for name in chain[1:-1]:
+                del left[name]
+        return list(live), list(left)
+
+    def _link(self, links: Sequence[int], chain: Sequence[str]) -> int:
+        """One step: the product of the links of a chain."""
+        names = {name for slot in links for name in self.slots[slot]}
+        plates = tuple(sorted(names - self.variables.keys(), key=self.rank.__getitem__))
+        views = tuple(
+            self._view(self.slots[slot], (*plates, one, other))
+            for slot, (one, other) in zip(links, itertools.pairwise(chain), strict=True)
+        )
+        names = (*plates, chain[0], chain[-1])
+        self.steps.append(Step(tuple(links), views, names, None, chain=True))
+        self.slots.append(names)
+        return len(self.slots) - 1
 
     def _multiply(self, inputs: Sequence[int], last: list[str]) -> int:
         """One step: the product of some slots over the union of their names, with `last` summed out."""

@@ -47,13 +47,19 @@ __all__ = [
 
 def _execute(plan: Plan, tables: Sequence[Tensor], record: list[Tensor] | None = None) -> Tensor:
     """Run the steps; `record` receives the product that each step formed, before it was summed."""
-    slots: list[Tensor | None] = list(tables)
+    # With finite numbers throughout, no gradient needs a mask to stay free of NaN.
+    slots: list[Tensor | None] = [table.clamp_min(_impossible(table.dtype)) for table in tables]
+    product: Tensor | None = None
     for step in plan.steps:
-        product: Tensor | None = None
-        for slot, (permutation, shape) in zip(step.inputs, step.views, strict=True):
-            table, slots[slot] = slots[slot], None  # every slot is used once: let go of it
-            assert table is not None  # the planner's invariant
-            table = table.permute(permutation).reshape(shape)
+        if step.chain:
+            product = _chain(
+                [_taken(slots, *aligned) for aligned in zip(step.inputs, step.views, strict=True)]
+            )
+            slots.append(product)
+            continue
+        product = None
+        for slot, view in zip(step.inputs, step.views, strict=True):
+            table = _taken(slots, slot, view)
             product = table if product is None else product + table
         if product is None:
             product = torch.zeros(())
@@ -66,14 +72,53 @@ def _execute(plan: Plan, tables: Sequence[Tensor], record: list[Tensor] | None =
             if step.power != 1.0:
                 product = product * step.power
         slots.append(product)
-    return product
+    assert product is not None  # a plan ends with a product
+    return product.masked_fill(product < _impossible(product.dtype) / 2, float("-inf"))
 
 
-def _logsumexp(table: Tensor) -> Tensor:
-    """Over the last dimension; a slice that is all -inf gives -inf with a gradient of zero, not NaN."""
-    empty = (table == float("-inf")).all(-1)
-    # Filling unconditionally costs less than asking the device whether anything is empty.
-    return table.masked_fill(empty.unsqueeze(-1), 0.0).logsumexp(-1).masked_fill(empty, float("-inf"))
+def _taken(slots: list[Tensor | None], slot: int, view: tuple[tuple[int, ...], tuple[int, ...]]) -> Tensor:
+    """A table, aligned; every slot is used once, so let go of it."""
+    table, slots[slot] = slots[slot], None
+    assert table is not None  # the planner's invariant
+    return table.permute(view[0]).reshape(view[1])
+
+
+def _copies(table: Tensor) -> int:
+    """How many tables there are behind one under `vmap`."""
+    inner = table
+    while torch._C._functorch.is_functorch_wrapped_tensor(inner):
+        inner = torch._C._functorch.get_unwrapped(inner)
+    return max(1, inner.numel() // max(1, table.numel()))
+
+
+def _chain(links: Sequence[Tensor]) -> Tensor:
+    """The product of matrices of logs, two by two: as many rounds as the logarithm of their number.
+
+    Särkkä, García-Fernández (2021), "Temporal parallelization of Bayesian smoothers".
+    """
+    shape = torch.broadcast_shapes(*(link.shape for link in links))
+    product = torch.stack([link.expand(shape) for link in links])
+    while len(product) > 1:
+        half = len(product) // 2
+        left, right = product[: 2 * half : 2], product[1 : 2 * half : 2]
+        paired = _logsumexp(left.unsqueeze(-1) + right.unsqueeze(-3), -2)
+        product = torch.cat([paired, product[2 * half :]]) if len(product) % 2 else paired
+    return product[0]
+
+
+def _logsumexp(table: Tensor, dim: int = -1) -> Tensor:
+    """Over one dimension, of numbers that are all finite.
+
+    Written out, since the exponentials are then those of the backward pass too, and since a sum over few values is
+    faster than torch's own function for it.
+    """
+    largest = table.detach().amax(dim, keepdim=True)
+    return (table - largest).exp().sum(dim).log() + largest.squeeze(dim)
+
+
+def _impossible(dtype: torch.dtype) -> float:
+    """A number that stands for -inf in tables: sums of many are finite, and far below all that is possible."""
+    return -(torch.finfo(dtype).max ** 0.5)
 
 
 def log_partition(graph: FactorGraph, *, max_table: int = MAX_TABLE) -> Tensor:
@@ -98,7 +143,7 @@ def log_partition(graph: FactorGraph, *, max_table: int = MAX_TABLE) -> Tensor:
     >>> round(exp(log_partition(FactorGraph((coin, flips), {"x": ()}))), 4)  # 0.25 * 0.09 + 0.75 * 0.16
     0.1425
     """
-    plan = plan_of(graph, max_table)
+    plan = plan_of(graph, max_table, copies=max((_copies(factor.log) for factor in graph.factors), default=1))
     total = _execute(plan, [factor.log for factor in graph.factors])
     kept = plan.steps[-1].names
     # Kept plates that no factor of the last product mentions are missing from it: give them their size.

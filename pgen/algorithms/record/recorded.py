@@ -4,49 +4,49 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Generic, ParamSpec, TypeVar, cast
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils import _device
 
-from pgen.algorithms.record.replay import Replay, replay_of
-from pgen.algorithms.record.simplify import lifted, simplified
-from pgen.algorithms.record.tape import Tape, Unrecordable, tape_of, tensors_in
+from pgen.algorithms.record.inductor import Inductor
+from pgen.algorithms.record.recorder import Unrecordable
+from pgen.algorithms.record.recording import Compiler, Recording, recording_of
+from pgen.algorithms.record.replay import flattener_of
+from pgen.algorithms.record.tape import mapped
+from pgen.algorithms.record.verify import uncast
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+_MANY = 32  # kinds of arguments after which something is wrong
+
 
 class NotRecorded(UserWarning):
     """A function runs as it is written, more slowly: its operations depend on values."""
 
 
-@dataclass(frozen=True)
-class Recording:
-    """One tape ready to run.
-
-    Attributes:
-        tape: the operations, simplified.
-        recorded: how many there were before.
-        rebuild: from the outputs to the shape of the result.
-        replay: the function.
-    """
-
-    tape: Tape
-    recorded: int
-    rebuild: Callable[[Sequence[Tensor]], Any]
-    replay: Replay
+class ManyRecordings(UserWarning):
+    """A function is recorded again and again: what changes from call to call is not passed as a tensor."""
 
 
 class Recorded(Generic[P, R]):
     """A function of tensors that is run once for each kind of arguments, and replayed from then on.
 
     The kind is the nesting of the arguments, shapes, strides, types and devices of their tensors, the values of all
-    else, and torch's default type. Tensors that the function brings along, such as weights in a closure, are read as
-    they were at recording; pass what changes as an argument.
+    else, torch's default type and device, and automatic casts.
 
-    Gradients do not flow through a replay: take them inside, by `torch.autograd.grad`. Random numbers are drawn anew at
-    every call, as the function would draw them.
+    - Inputs, and captured tensors such as the buffers of a module, are changed in place as the function changes them.
+    - Captured tensors that others change between calls, as an optimiser does, are noticed and read anew. Changes that
+      torch does not count (through NumPy) are not; pass such tensors as arguments.
+    - Random numbers are drawn anew at every call, in the order in which the function draws them.
+    - Gradients do not flow through a replay: take them inside, by `torch.autograd.grad`.
+    - A call inside of another recording becomes part of it.
+
+    Attributes:
+        recordings: by kind; None where the function has to be run as it is written.
+        obstacle: why, where that is so.
     """
 
     def __init__(
@@ -56,94 +56,119 @@ class Recorded(Generic[P, R]):
         simplify: bool = True,
         lift: bool = False,
         fallback: bool = True,
-        compiler: Callable[[Tape, Sequence[Tensor]], Replay] | None = None,
+        compiler: Compiler | None = None,
     ) -> None:
+        """Begin without a recording.
+
+        Args:
+            fn: see `record`.
+            simplify: shorten the tape.
+            lift: compute in double precision for inputs in that, though the function makes its constants in single.
+            fallback: run the function itself where it cannot be recorded, with a warning; else raise.
+            compiler: makes a replay of a tape and example inputs.
+        """
         self.fn = fn
         self.simplify, self.lift, self.fallback, self.compiler = simplify, lift, fallback, compiler
         self.recordings: dict[Any, Recording | None] = {}
         self.obstacle: Unrecordable | None = None
+        self.live: list[Tensor] = []  # captured tensors that were seen to change
         self.__doc__ = fn.__doc__
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """The function's result, by a replay where there is one."""
-        if kwargs:
-            raise TypeError(f"a recorded function takes its arguments by position; got {sorted(kwargs)} by name")
         tensors: list[Tensor] = []
-        key = (_kind(args, tensors), torch.get_default_dtype())
-        found = self.recordings.get(key, _NONE)
-        if found is _NONE:
-            return self._first(key, args, tensors)
-        if found is None:
-            return self.fn(*args)
-        with torch.no_grad():
-            return cast("R", found.rebuild(found.replay(*tensors)))
-
-    def _first(self, key: Any, args: tuple[Any, ...], tensors: list[Tensor]) -> R:
         try:
-            recording, result = self._record(args, tensors)
+            kind = (kind_of(args, tensors), kind_of(kwargs, tensors) if kwargs else None, _surroundings())
+        except RuntimeError:  # sparse tensors and the like have no strides
+            return self._as_written(args, kwargs)
+        found = self.recordings.get(kind, _NONE)
+        if found is None or _transforms() is not None:
+            return self._as_written(args, kwargs)
+        if found is _NONE or (found.watched and self._stale(found)):
+            found = self._record(kind, args, kwargs, tensors)
+            if found is None:
+                return self._as_written(args, kwargs)
+        if found.written and found.entangled(tensors):
+            return self._as_written(args, kwargs)
+        return _replayed(found, tensors)
+
+    def bound(self, *args: P.args, **kwargs: P.kwargs) -> Callable[P, R]:
+        """The function for arguments of this kind only, which it does not look at: for loops that change no shapes.
+
+        Saves half a microsecond a tensor. Arguments of another kind give nonsense, or errors.
+        """
+        self(*args, **kwargs)
+        kind = (kind_of(args, []), kind_of(kwargs, []) if kwargs else None, _surroundings())
+        found = self.recordings.get(kind)
+        if found is None or found.written or torch._C._is_any_autocast_enabled():
+            return self
+        flat = flattener_of(args, kwargs)
+
+        def run(*args: P.args, **kwargs: P.kwargs) -> R:
+            if found.watched and found.stale():
+                return self(*args, **kwargs)
+            return _replayed(found, flat(args, kwargs))
+
+        return run
+
+    def _as_written(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R:
+        """The function itself, on tensors cut off from any graph as those of a replay are."""
+        args, kwargs = mapped((args, kwargs), _detached)
+        with torch.enable_grad():
+            return mapped(self.fn(*args, **kwargs), _detached)
+
+    def _stale(self, found: Recording) -> bool:
+        changed = found.stale()
+        known = {id(t) for t in self.live}
+        self.live.extend(t for t in changed if id(t) not in known)
+        return bool(changed)
+
+    def _record(
+        self, kind: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]
+    ) -> Recording | None:
+        if len(self.recordings) == _MANY and kind not in self.recordings:
+            warnings.warn(
+                f"{_name(self.fn)} was recorded for {_MANY} kinds of arguments; pass numbers that change from call to "
+                "call as tensors, and keep shapes the same",
+                ManyRecordings,
+                stacklevel=3,
+            )
+
+        def flat(*leaves: Tensor) -> Any:
+            items = iter(leaves)
+            some, named = mapped(
+                (args, kwargs), lambda leaf: next(items) if isinstance(leaf, Tensor) else leaf
+            )
+            with torch.enable_grad():
+                return self.fn(*some, **named)
+
+        try:
+            self.recordings[kind] = recording_of(
+                flat, tensors, live=self.live, simplify=self.simplify, lift=self.lift, compiler=self.compiler
+            )
         except Unrecordable as error:
             if not self.fallback:
                 raise
+            if self.obstacle is None:
+                warnings.warn(
+                    f"{_name(self.fn)} is not recorded, so slower: {error}", NotRecorded, stacklevel=3
+                )
             self.obstacle = error
-            self.recordings[key] = None
-            warnings.warn(f"not recorded, so slower: {error}", NotRecorded, stacklevel=3)
-            return self.fn(*args)
-        self.recordings[key] = recording
-        return result
-
-    def _record(self, args: tuple[Any, ...], tensors: list[Tensor]) -> tuple[Recording, R]:
-        def flat(*leaves: Tensor) -> Any:
-            with torch.enable_grad():
-                return self.fn(*_filled(args, iter(leaves)))
-
-        inputs = [t.detach() for t in tensors]
-        state = _random_states(inputs)
-        tape, result = self._lifted(flat, inputs) if self.lift else tape_of(flat, inputs)
-        after = _random_states(inputs)
-        _restore(state)
-        # In-place operations on inputs (running statistics) have been done once; here they work on copies.
-        values = tape.run([t.clone() for t in inputs])
-        _restore(after)
-        short = simplified(tape, values) if self.simplify else tape
-        sizes = {i: v.nbytes for i, v in values.items()}
-        replay = replay_of(short, sizes) if self.compiler is None else self.compiler(short, inputs)
-        return Recording(short, len(tape.ops), _rebuilder(result), replay), _detached(result)
-
-    def _lifted(self, flat: Callable[..., Any], inputs: list[Tensor]) -> tuple[Tape, Any]:
-        """The tape of the function in its own precision, carried over to that of the inputs."""
-        low, high = torch.get_default_dtype(), torch.float64
-        if low == high or all(t.dtype != high for t in inputs):
-            return tape_of(flat, inputs)
-        down = [t.to(low) if t.dtype == high else t for t in inputs]
-        state = _random_states(inputs)
-        tape, result = tape_of(flat, down)
-        rough = list(tensors_in(result))
-        try:
-            lifted_tape = lifted(tape, low, high)
-            _restore(state)
-            values = lifted_tape.run([t.clone() for t in inputs])
-            fine = [values[i] for i in lifted_tape.outputs]
-            alike = all(torch.allclose(f.to(r.dtype), r, 1e-2, 1e-2, equal_nan=True) for f, r in zip(fine, rough))
-        except (RuntimeError, TypeError):
-            alike = False
-        if alike:
-            return lifted_tape, _filled(_detached(result), iter(fine))
-
-        def cast(*leaves: Tensor) -> Any:
-            found = flat(*(t.to(low) if t.dtype == high else t for t in leaves))
-            return _filled(found, iter([t.to(high) if t.dtype == low else t for t in tensors_in(found)]))
-
-        _restore(state)
-        return tape_of(cast, inputs)
+            self.recordings[kind] = None
+        return self.recordings[kind]
 
 
-def record(fn: Callable[P, R], *, fallback: bool = True) -> Recorded[P, R]:
+def record(fn: Callable[P, R], *, fallback: bool = True, compile: str | None = None) -> Recorded[P, R]:
     """Run a function once for every kind of arguments, then replay the operations that it performed.
 
     Args:
         fn: takes nested tuples, lists and dicts of tensors, and plain values; gives such nested tensors. What it does
             may depend on plain values and shapes, not on the values of tensors.
         fallback: run the function itself where it cannot be recorded, with a warning that names the line; else raise.
+        compile: "inductor" to have torch's compiler make one native function of the operations, which takes some
+            twenty seconds where it was not done before (see `Inductor`); "background" to replay them until that is
+            done: then results change by round-off at a call that depends on the clock, so that no two runs are the
+            same to the last bit.
 
     Raises:
         Unrecordable: the function reads a value off a tensor, and `fallback` is off.
@@ -160,65 +185,70 @@ def record(fn: Callable[P, R], *, fallback: bool = True) -> Recorded[P, R]:
         >>> fast(x + 1, 2)  # replayed
         (tensor([13.]), tensor([[4., 6.]]))
     """
-    return Recorded(fn, fallback=fallback)
+    compilers: dict[str | None, Compiler | None] = {
+        None: None, "inductor": Inductor(), "background": Inductor(wait=False),
+    }  # fmt: skip
+    if compile not in compilers:
+        raise ValueError(f"compile takes 'inductor', 'background' or None, got {compile!r}")
+    return Recorded(fn, fallback=fallback, compiler=compilers[compile])
 
 
 _NONE: Any = object()
+_transforms = torch._C._functorch.peek_interpreter_stack
+_modes = torch._C._len_torch_dispatch_stack
+_casts = torch._C._is_any_autocast_enabled
+_with_grad, _set_grad = torch.is_grad_enabled, torch._C._set_grad_enabled
 
 
-def _kind(tree: Any, tensors: list[Tensor]) -> Any:
-    """What a recording depends on, collecting the tensors on the way."""
-    if isinstance(tree, Tensor):
-        tensors.append(tree)
-        return (tree.shape, tree.stride(), tree.dtype, tree.device)
-    if isinstance(tree, (tuple, list)):
-        return (type(tree), *[_kind(item, tensors) for item in tree])
-    if isinstance(tree, dict):
-        return (dict, *[(key, _kind(item, tensors)) for key, item in tree.items()])
-    return (type(tree), tree)
+def _replayed(found: Recording, tensors: Sequence[Tensor]) -> Any:
+    if _modes() or _casts():
+        with uncast(), torch.no_grad():
+            # Another recording wants the operations themselves, not buffers.
+            return found.rebuild(found.tape.results(*tensors) if _modes() else found.replay(*tensors))
+    if not _with_grad():
+        return found.rebuild(found.replay(*tensors))
+    _set_grad(False)
+    try:
+        return found.rebuild(found.replay(*tensors))
+    finally:
+        _set_grad(True)
 
 
-def _filled(tree: Any, leaves: Any) -> Any:
-    """The arguments with other tensors in the same places."""
-    if isinstance(tree, Tensor):
-        return next(leaves)
-    if isinstance(tree, (tuple, list)):
-        items = [_filled(item, leaves) for item in tree]
-        return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
-    if isinstance(tree, dict):
-        return {key: _filled(item, leaves) for key, item in tree.items()}
-    return tree
+def kind_of(tree: Any, tensors: list[Tensor]) -> Any:
+    """What a recording depends on, collecting the tensors on the way.
 
-
-def _rebuilder(result: Any) -> Callable[[Sequence[Tensor]], Any]:
-    if isinstance(result, tuple) and not hasattr(result, "_fields") and all(isinstance(r, Tensor) for r in result):
-        return lambda outputs: outputs
-    if isinstance(result, Tensor):
-        return lambda outputs: outputs[0]
-    return lambda outputs: _filled(result, iter(outputs))
-
-
-def _detached(tree: Any) -> Any:
-    if isinstance(tree, Tensor):
-        return tree.detach()
-    if isinstance(tree, (tuple, list)):
-        items = [_detached(item) for item in tree]
-        return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
-    if isinstance(tree, dict):
-        return {key: _detached(item) for key, item in tree.items()}
-    return tree
-
-
-def _random_states(tensors: Sequence[Tensor]) -> list[tuple[torch.device, Tensor]]:
-    found = [(torch.device("cpu"), torch.get_rng_state())]
-    for device in {t.device for t in tensors if t.device.type == "cuda"}:
-        found.append((device, torch.cuda.get_rng_state(device)))
-    return found
-
-
-def _restore(states: list[tuple[torch.device, Tensor]]) -> None:
-    for device, state in states:
-        if device.type == "cuda":
-            torch.cuda.set_rng_state(state, device)
+    Raises:
+        TypeError: a value that cannot be compared.
+    """
+    items = tree.values() if isinstance(tree, dict) else tree
+    kind: list[Any] = [type(tree), *tree] if isinstance(tree, dict) else [type(tree)]
+    for item in items:
+        known = type(item)
+        if known is Tensor or isinstance(item, Tensor):
+            tensors.append(item)
+            kind += item.shape, item.stride(), item.dtype, item.device
+            if known is not Tensor:
+                kind.append(known)
+        elif isinstance(item, (tuple, list, dict)):
+            kind.append(kind_of(item, tensors))
+        elif known is float:
+            kind.append(repr(item))  # tells zeros apart, and knows a NaN again
         else:
-            torch.set_rng_state(state)
+            kind += known, item
+    return tuple(kind)
+
+
+def _surroundings() -> Any:
+    """What else decides which operations are done."""
+    if _casts():
+        casts = [(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")]
+        return torch.get_default_dtype(), _device.CURRENT_DEVICE, *casts
+    return torch.get_default_dtype(), _device.CURRENT_DEVICE
+
+
+def _detached(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, Tensor) else leaf
+
+
+def _name(fn: Any) -> str:
+    return getattr(fn, "__qualname__", None) or type(fn).__name__

@@ -1,47 +1,18 @@
-"""The tape: what a function did to its tensors, operation by operation, below autograd and vmap.
+"""The tape: a list of tensor operations, in which tensors are numbers.
 
-A dispatch mode sees every tensor operation as it reaches the kernels: batched by `vmap`, with the backward pass that
-`autograd.grad` ran spelled out. The tape keeps them in order, names each tensor by a number, and notes which numbers
-are inputs, which are constants that the function brought along, and which came out. Unlike `make_fx`, whose first use
-imports the compiler (1.2 s), this needs nothing but torch.
-
-What a tape cannot hold is a decision: a number read off a tensor (`.item()`, `if x > 0`, `.numpy()`) decides what is
-done next, and the tape would repeat that decision for ever. Such functions are refused, with the line that did it.
+Numbers name the inputs, the constants that a function brought along, and what each operation gave. A tape is a plain
+value: passes over it (see `simplify.py`) take one and give another.
 """
 
 from __future__ import annotations
 
-import linecache
-import sys
-import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import FrameType, TracebackType
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-
-_LIBRARIES = ("/torch/", "/pyro/", "/pgen/", "/zuko/", "<frozen", "<string>")
-
-
-class Unrecordable(RuntimeError):
-    """A function whose operations depend on the values of its tensors.
-
-    Attributes:
-        operation: what read a value, such as `.item()`.
-        where: the user's line, `file:line: text`, where it is known.
-    """
-
-    def __init__(self, operation: str, where: str | None) -> None:
-        self.operation, self.where = operation, where
-        place = f" at {where}" if where else ""
-        super().__init__(
-            f"{operation}{place}: what is computed next may depend on the value of a tensor, so the operations cannot be "
-            "recorded; choose by torch.where, index by tensors, and keep numbers as tensors"
-        )
 
 
 @dataclass(frozen=True)
@@ -65,55 +36,158 @@ class Op:
         """As torch prints it: `aten.add.Tensor`."""
         return str(self.func)
 
-    def reads(self) -> list[int]:
-        """Numbers of the tensors that it reads."""
-        return list(refs_in((self.args, self.kwargs)))
-
-    def gives(self) -> list[int]:
-        """Numbers of the tensors that it gives."""
-        return list(refs_in(self.out))
-
     @property
     def random(self) -> bool:
         """Whether it draws from the random generator."""
-        return torch.Tag.nondeterministic_seeded in self.func.tags
+        return is_random(self.func)
 
-    def writes(self) -> list[int]:
+    @property
+    def movable(self) -> bool:
+        """Whether it does nothing but give its results, so that it can be left out, merged or computed in advance.
+
+        Of operations that torch did not define that is not known.
+        """
+        return is_pure(self.func)
+
+    def reads(self) -> tuple[int, ...]:
+        """Numbers of the tensors that it reads."""
+        return self._numbers[0]
+
+    def gives(self) -> tuple[int, ...]:
+        """Numbers of the tensors that it gives."""
+        return self._numbers[1]
+
+    def writes(self) -> tuple[int, ...]:
         """Numbers of the tensors that it changes in place."""
-        if not self.func._schema.is_mutable:
-            return []
-        found = []
-        for i, argument in enumerate(self.func._schema.arguments):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                value = self.args[i] if i < len(self.args) else self.kwargs.get(argument.name)
-                found.extend(refs_in(value))
-        return found
+        return self._numbers[2]
+
+    @cached_property
+    def _numbers(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        changed = written(self.func, self.args, self.kwargs)
+        return tuple(refs_in((self.args, self.kwargs))), tuple(refs_in(self.out)), tuple(refs_in(changed))
+
+    def renamed(self, names: Mapping[int, int]) -> Op:
+        """The same operation on tensors with other numbers; what it gives keeps its own."""
+        if names.keys().isdisjoint(self.reads()):
+            return self
+        return Op(self.func, renamed(self.args, names), renamed(self.kwargs, names), self.out)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Tape:
     """Operations in order.
 
     Attributes:
         inputs: numbers of the inputs.
-        constants: tensors that the function brought along, by number.
+        constants: tensors that the function brought along or that no input changes, by number.
         ops: the operations.
         outputs: numbers of the results.
+        live: numbers of those constants that change between runs: read anew in each.
     """
 
     inputs: list[int]
     constants: dict[int, Tensor]
     ops: list[Op]
     outputs: list[int]
+    live: frozenset[int] = field(default_factory=frozenset)
 
     def run(self, inputs: Sequence[Tensor]) -> dict[int, Tensor]:
         """Perform the operations one by one; gives every tensor by its number."""
-        values: dict[int, Tensor] = dict(self.constants)
-        values.update(zip(self.inputs, inputs, strict=True))
+        values = self.start(inputs)
         for op in self.ops:
-            found = op.func(*with_values(op.args, values), **with_values(op.kwargs, values))
-            bind(op.out, found, values)
+            perform(op, values)
         return values
+
+    def results(self, *inputs: Tensor) -> list[Tensor]:
+        """The same, of which it gives the outputs."""
+        values = self.run(inputs)
+        return [values[i] for i in self.outputs]
+
+    def start(self, inputs: Sequence[Tensor]) -> dict[int, Tensor]:
+        """The tensors that are there before the first operation."""
+        return {**self.constants, **dict(zip(self.inputs, inputs, strict=True))}
+
+    def fresh(self) -> int:
+        """A number that is not in use, and neither are those above it."""
+        numbers = [*self.inputs, *self.constants, *self.outputs]
+        numbers.extend(i for op in self.ops for i in op.gives())
+        return max(numbers, default=-1) + 1
+
+
+def perform(op: Op, values: dict[int, Tensor]) -> None:
+    """Do one operation on the tensors at hand, and put its results under their numbers."""
+    args = [values[a.index] if type(a) is Ref else with_values(a, values) for a in op.args]
+    found = op.func(*args, **with_values(op.kwargs, values)) if op.kwargs else op.func(*args)
+    bind(op.out, found, values)
+
+
+class WithGrad:
+    """An operation that keeps what its backward pass needs only while gradients are on."""
+
+    def __init__(self, func: Any) -> None:
+        self.func = func
+        self.namespace, self.tags = func.namespace, func.tags
+        self._schema, self._overloadname = func._schema, func._overloadname
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Its results, with all that a backward pass reads."""
+        args, kwargs = mapped((args, kwargs), lambda a: a.detach() if isinstance(a, Tensor) else a)
+        with torch.enable_grad():
+            return self.func(*args, **kwargs)
+
+    def __str__(self) -> str:
+        return str(self.func)
+
+
+@lru_cache(maxsize=4096)
+def is_random(func: Any) -> bool:
+    """Whether an operation draws from a random generator."""
+    return torch.Tag.nondeterministic_seeded in func.tags
+
+
+@lru_cache(maxsize=4096)
+def is_pure(func: Any) -> bool:
+    """Whether an operation of torch's has no effect but its results."""
+    return (
+        func.namespace in ("aten", "prims")
+        and bool(func._schema.returns)
+        and not is_random(func)
+        and not _written_arguments(func)
+    )
+
+
+#: Operations that change running statistics although their schema does not say so.
+_SILENT = {
+    "aten::native_batch_norm": (3, 4), "aten::cudnn_batch_norm": (3, 4), "aten::miopen_batch_norm": (3, 4),
+    "aten::batch_norm_gather_stats": (3, 4), "aten::batch_norm_gather_stats_with_counts": (3, 4),
+    "aten::batch_norm_update_stats": (1, 2),
+}  # fmt: skip
+
+
+@lru_cache(maxsize=4096)
+def _written_arguments(func: Any) -> tuple[tuple[int, str], ...]:
+    silent = _SILENT.get(func._schema.name, ())
+    if not func._schema.is_mutable and not silent:
+        return ()
+    return tuple(
+        (i, a.name)
+        for i, a in enumerate(func._schema.arguments)
+        if i in silent or (a.alias_info is not None and a.alias_info.is_write)
+    )
+
+
+def written(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
+    """The arguments that an operation changes in place."""
+    found = [args[i] if i < len(args) else kwargs.get(name) for i, name in _written_arguments(func)]
+    return [value for value in found if value is not None]
+
+
+def memory(value: Tensor) -> int:
+    """A name for the memory of a tensor: the same for views of one another, while they live."""
+    try:
+        return value.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # sparse tensors and the like have none
+        return id(value)
 
 
 def refs_in(tree: Any) -> Iterable[int]:
@@ -128,26 +202,26 @@ def refs_in(tree: Any) -> Iterable[int]:
             yield from refs_in(item)
 
 
-def renamed(tree: Any, names: dict[int, int]) -> Any:
+def mapped(tree: Any, change: Callable[[Any], Any]) -> Any:
+    """Nested tuples, lists and dicts with every leaf changed."""
+    if isinstance(tree, (tuple, list)):
+        items = [mapped(item, change) for item in tree]
+        return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
+    if isinstance(tree, dict):
+        return {key: mapped(item, change) for key, item in tree.items()}
+    return change(tree)
+
+
+def renamed(tree: Any, names: Mapping[int, int]) -> Any:
     """Nested arguments with other numbers."""
-    if isinstance(tree, Ref):
-        return Ref(names.get(tree.index, tree.index))
-    if isinstance(tree, (tuple, list)):
-        return type(tree)(renamed(item, names) for item in tree)
-    if isinstance(tree, dict):
-        return {key: renamed(item, names) for key, item in tree.items()}
-    return tree
+    return mapped(
+        tree, lambda leaf: Ref(names.get(leaf.index, leaf.index)) if isinstance(leaf, Ref) else leaf
+    )
 
 
-def with_values(tree: Any, values: dict[int, Tensor]) -> Any:
+def with_values(tree: Any, values: Mapping[int, Tensor]) -> Any:
     """Nested arguments with tensors in place of their numbers."""
-    if isinstance(tree, Ref):
-        return values[tree.index]
-    if isinstance(tree, (tuple, list)):
-        return type(tree)(with_values(item, values) for item in tree)
-    if isinstance(tree, dict):
-        return {key: with_values(item, values) for key, item in tree.items()}
-    return tree
+    return mapped(tree, lambda leaf: values[leaf.index] if isinstance(leaf, Ref) else leaf)
 
 
 def bind(names: Any, found: Any, values: dict[int, Tensor]) -> None:
@@ -157,182 +231,3 @@ def bind(names: Any, found: Any, values: dict[int, Tensor]) -> None:
     elif isinstance(names, (tuple, list)):
         for name, item in zip(names, found, strict=True):
             bind(name, item, values)
-
-
-def tape_of(fn: Callable[..., Any], inputs: Sequence[Tensor]) -> tuple[Tape, Any]:
-    """Run a function of tensors once, and give the tape of what it did, and its result.
-
-    Args:
-        fn: takes the inputs one by one; gives nested tuples, lists and dicts of tensors.
-        inputs: tensors.
-
-    Returns:
-        The tape, whose outputs are the tensors of the result in order; and the result itself.
-
-    Raises:
-        Unrecordable: the function read a value off a tensor that depends on its inputs or on chance.
-    """
-    recorder = _Recorder(inputs)
-    try:
-        with recorder, _Exits(recorder):
-            result = fn(*inputs)
-    except Unrecordable:
-        raise
-    except RuntimeError as error:
-        if "data-dependent" in str(error) or ".item()" in str(error):
-            raise Unrecordable(_said(error), where_raised(error.__traceback__)) from error
-        raise
-    leaves = list(tensors_in(result))
-    outputs = [recorder.number(leaf) for leaf in leaves]
-    return Tape(recorder.inputs, recorder.constants, recorder.ops, outputs), result
-
-
-def tensors_in(tree: Any) -> Iterable[Tensor]:
-    """The tensors in a nested result, in order."""
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, (tuple, list)):
-        for item in tree:
-            yield from tensors_in(item)
-    elif isinstance(tree, dict):
-        for item in tree.values():
-            yield from tensors_in(item)
-
-
-@dataclass
-class _Known:
-    """Tensors met so far, held so that none is mistaken for another that took its place in memory."""
-
-    tensors: list[Tensor] = field(default_factory=list)
-    numbers: dict[int, int] = field(default_factory=dict)
-
-    def add(self, tensor: Tensor) -> int:
-        number = len(self.tensors)
-        self.tensors.append(tensor)
-        self.numbers[id(tensor)] = number
-        return number
-
-
-class _Recorder(TorchDispatchMode):
-    """Writes the tape."""
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Keep torch from wrapping this mode for its compiler, the import of which takes a second."""
-        return False
-
-    def __init__(self, inputs: Sequence[Tensor]) -> None:
-        super().__init__()
-        self.known = _Known()
-        self.inputs = [self.known.add(tensor) for tensor in inputs]
-        self.constants: dict[int, Tensor] = {}
-        self.ops: list[Op] = []
-        self.varies = set(self.inputs)  # tensors that depend on the inputs or on chance
-
-    def number(self, tensor: Tensor) -> int:
-        """The number of a tensor; one that was never met is a constant."""
-        found = self.known.numbers.get(id(tensor))
-        if found is None:
-            found = self.known.add(tensor)
-            self.constants[found] = tensor.detach() if tensor.requires_grad else tensor
-        return found
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        found = func(*args, **kwargs)
-        names = self._numbered((args, kwargs))
-        op = Op(func, names[0], names[1], None)
-        varies = op.random or any(i in self.varies for i in op.reads())
-        if not _is_all_tensors(found):
-            if varies:
-                operation = ".item()" if "_local_scalar_dense" in str(func) else str(func)
-                raise Unrecordable(operation, where_now())
-            return found
-        if varies and torch.Tag.dynamic_output_shape in func.tags and not self._fixed_shape(func, args):
-            raise Unrecordable(f"{func} (its result has as many elements as the values say)", where_now())
-        out = self._given(found)
-        op = Op(func, names[0], names[1], out)
-        self.ops.append(op)
-        if varies:
-            self.varies.update(refs_in(out))
-            self.varies.update(op.writes())
-        return found
-
-    def _fixed_shape(self, func: Any, args: tuple[Any, ...]) -> bool:
-        """Whether an indexing gives a shape that no value decides: by integers, or by masks that never change."""
-        if func is not torch.ops.aten.index.Tensor:
-            return False
-        masks = [i for i in args[1] if i is not None and i.dtype in (torch.bool, torch.uint8)]
-        return all(self.number(mask) not in self.varies for mask in masks)
-
-    def _numbered(self, tree: Any) -> Any:
-        if isinstance(tree, Tensor):
-            return Ref(self.number(tree))
-        if isinstance(tree, (tuple, list)):
-            return type(tree)(self._numbered(item) for item in tree)
-        if isinstance(tree, dict):
-            return {key: self._numbered(item) for key, item in tree.items()}
-        return tree
-
-    def _given(self, tree: Any) -> Any:
-        if isinstance(tree, Tensor):
-            found = self.known.numbers.get(id(tree))
-            return Ref(self.known.add(tree) if found is None else found)
-        if isinstance(tree, (tuple, list)):
-            return type(tree)(self._given(item) for item in tree)
-        return None
-
-
-class _Exits(TorchFunctionMode):
-    """Sees values leave torch by ways that no tensor operation shows."""
-
-    _WAYS = frozenset({Tensor.numpy, Tensor.tolist, Tensor.__array__})
-
-    def __init__(self, recorder: _Recorder) -> None:
-        super().__init__()
-        self.recorder = recorder
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func in self._WAYS:
-            number = self.recorder.known.numbers.get(id(args[0]))
-            if number is None or number in self.recorder.varies:
-                raise Unrecordable(f".{func.__name__}()", where_now())
-        return func(*args, **(kwargs or {}))
-
-
-def _is_all_tensors(tree: Any) -> bool:
-    if isinstance(tree, (tuple, list)):
-        return all(_is_all_tensors(item) for item in tree)
-    return tree is None or isinstance(tree, Tensor)
-
-
-def where_now() -> str | None:
-    """The innermost line of the user's code that is running, as `file:line: text`."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and not _is_users(frame.f_code.co_filename):
-        frame = frame.f_back
-    return None if frame is None else _line(frame.f_code.co_filename, frame.f_lineno)
-
-
-def where_raised(trace: TracebackType | None) -> str | None:
-    """The innermost line of the user's code in a traceback."""
-    lines = [f for f in traceback.extract_tb(trace) if _is_users(f.filename)]
-    return _line(lines[-1].filename, lines[-1].lineno or 0) if lines else None
-
-
-def _is_users(path: str) -> bool:
-    return not any(part in path for part in _LIBRARIES)
-
-
-def _line(path: str, number: int) -> str:
-    text = linecache.getline(path, number).strip()
-    return f"{path}:{number}" + (f": {text}" if text else "")
-
-
-def _said(error: BaseException) -> str:
-    text = str(error)
-    return ".item() or a branch" if ".item()" in text or "control flow" in text else text.splitlines()[0]
