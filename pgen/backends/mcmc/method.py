@@ -175,7 +175,7 @@ class MCMC:
             return None
         lift = run.precision in (None, "float64") and problem.device.type == "cpu"
         chains = min(8, self.chains or 8)
-        options = self._options(chains, run.compile is not False)
+        options = self._options(chains, run.compile is not False, run)
         return many(density, data, lambda target: self._sampler(options, target), chains, n, run.seed, lift)
 
     def _others(self, run: Run, problem: Problem, structure: Structure) -> Sampled:
@@ -190,7 +190,7 @@ class MCMC:
         dtype = torch.float64 if lift else density.dtype
         recorded = run.compile is not False
         if found.flipped:
-            parts = self._in_turn(density, lift, recorded)
+            parts = self._in_turn(density, lift, run)
         elif not density.size:
             functions = functions_of(density, recorded=recorded, lift=lift)
             chains = self.chains or 4
@@ -199,7 +199,9 @@ class MCMC:
             functions = functions_of(density, rows=self._tried(), recorded=recorded, lift=lift)
             target = self._noisy(density, lift, run) if self._subsampled else functions.target
             chains = self._chain_count(functions)
-            sampler = self._sampler(self._options(chains, functions.way in ("recorded", "in turn")), target)
+            sampler = self._sampler(
+                self._options(chains, functions.way in ("recorded", "in turn"), run), target
+            )
             begin = partial(self._start, functions.target, chains, density, dtype)
             parts = (functions, chains, sampler, begin, functions.values)
         functions, chains, sampler, begin, read = parts
@@ -219,7 +221,7 @@ class MCMC:
             read,
         )
 
-    def _in_turn(self, density: Density, lift: bool, recorded: bool) -> tuple[Any, ...]:
+    def _in_turn(self, density: Density, lift: bool, run: Run) -> tuple[Any, ...]:
         """The parts for latents that are neither moved by gradients nor summed out."""
         if self.kernel not in ("auto", "hmc"):
             raise OptionError(
@@ -227,7 +229,7 @@ class MCMC:
                 "goes with kernel='auto' or 'hmc'"
             )
         chains = 64 if self.chains is None else self.chains
-        options = self._options(chains, recorded)
+        options = self._options(chains, run.compile is not False, run)
         sampler = in_turn(density, lift, options.wrap, self.warmup, self.target_accept, self.thin)
         flips = sampler.flips
 
@@ -257,7 +259,7 @@ class MCMC:
             else sampler_of(options, target)
         )
 
-    def _options(self, chains: int, recorded: bool) -> Options:
+    def _options(self, chains: int, recorded: bool, run: Run) -> Options:
         return Options(
             self._kernel_for(chains) if self.kernel == "auto" else self.kernel,
             chains,
@@ -268,6 +270,7 @@ class MCMC:
             self.step_size,
             self.thin,
             recorded,
+            run.compile,
         )
 
     def _tried(self) -> int:

@@ -14,13 +14,14 @@ from pgen.algorithms.adaptation.chees import ChEESWarmup
 from pgen.algorithms.adaptation.meads import MEADSWarmup
 from pgen.algorithms.adaptation.warmup import Adapted, Metric, Warmup
 from pgen.algorithms.kernels.base import Kernel, LogDensity, Tuning, untuned
-from pgen.algorithms.kernels.chees import ChEES
+from pgen.algorithms.kernels.chees import ChEES, Stride
 from pgen.algorithms.kernels.hmc import HMC
-from pgen.algorithms.kernels.iterate import Wrap, iterate, unwrapped
+from pgen.algorithms.kernels.iterate import Step, Wrap, iterate, unwrapped
 from pgen.algorithms.kernels.langevin import MALA, ULA
 from pgen.algorithms.kernels.meads import MEADS
 from pgen.algorithms.kernels.nuts import NUTS
 from pgen.algorithms.kernels.stochastic import SGHMC, SGLD
+from pgen.algorithms.kernels.tree import Leaf
 from pgen.algorithms.kernels.walk import RandomWalk
 from pgen.algorithms.record import record
 from pgen.backends.mcmc.ledger import Block
@@ -31,6 +32,7 @@ _TRIAL = 30  # iterations
 _DIVERGENT = 0.0  # of trajectories: beyond, steps are too long
 _CAREFUL = 0.98  # acceptance
 _FEW_TO_JUDGE = 8  # chains: fewer do not tell what is usual
+_HOT = (Leaf, Stride, Step)
 _STATISTICS = {
     "accept": "acceptance_rate",
     "energy": "energy",
@@ -321,6 +323,7 @@ class Options:
         step_size: of kernels that do not adapt it.
         thin: iterations per draw.
         recorded: whether functions of the target can be recorded.
+        compile: of the run: what is made of recordings.
     """
 
     kernel: Any
@@ -332,11 +335,21 @@ class Options:
     step_size: float
     thin: int
     recorded: bool
+    compile: Any = None
 
     @property
     def wrap(self) -> Wrap:
         """What makes straight-line functions fast, remembering what it gave."""
-        return functools.cache(record) if self.recorded else unwrapped
+        if not self.recorded:
+            return unwrapped
+        compiled = self.compile if self.compile in ("inductor", "background") else None
+
+        @functools.cache
+        def wrap(fn: Callable[..., Any]) -> Callable[..., Any]:
+            # What is called once for each gradient is worth compiling; the rest is called seldom.
+            return record(fn, compile=compiled if isinstance(fn, _HOT) else None)
+
+        return wrap
 
 
 def sampler_of(options: Options, target: LogDensity) -> Any:
