@@ -145,7 +145,9 @@ def test_label_switching_is_seen_and_both_labels_are_visited():
     assert 0.2 < float(swapped.mean()) < 0.8  # 64 chains, each in one of two modes: 1e-6 is at 0.2
     assert any("chains" in w for w in fitted.summary().warnings)
     z = draws["z"].double()
-    assert float((z[:, 0] - z[:, 3]).abs().mean()) > 0.9  # the two groups are kept apart, whatever their labels
+    assert (
+        float((z[:, 0] - z[:, 3]).abs().mean()) > 0.9
+    )  # the two groups are kept apart, whatever their labels
 
 
 def pair():
