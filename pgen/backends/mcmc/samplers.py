@@ -338,6 +338,15 @@ class Options:
     compile: Any = None
 
     @property
+    def iterations(self) -> int:
+        """Of the warm-up: what was asked for, or what has served the kernel well."""
+        if self.warmup is not None:
+            return self.warmup
+        if self.chains < _FEW:
+            return 800
+        return {"meads": 1000}.get(self.kernel if isinstance(self.kernel, str) else "", 200)
+
+    @property
     def wrap(self) -> Wrap:
         """What makes straight-line functions fast, remembering what it gave."""
         if not self.recorded:
@@ -362,8 +371,7 @@ def sampler_of(options: Options, target: LogDensity) -> Any:
 
 def _sampler_of(options: Options, target: LogDensity) -> Any:
     name, wrap, thin = options.kernel, options.wrap, options.thin
-    several = 200 if options.chains >= _FEW else 800
-    warmup = several if options.warmup is None else options.warmup
+    warmup = options.iterations
     dense = options.metric != "diagonal"
     if name == "chees":
         chees = ChEES()
