@@ -33,6 +33,8 @@ from pgen.isolation import validating
 from pgen.problem import Problem
 from pgen.structure import Structure
 
+_MISSING = "_unobserved"  # how Pyro names the part of a site that `obs_mask` leaves out
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -312,6 +314,7 @@ class _Free(Messenger):
         self.total: Any = 0.0
         self.volume: Any = 0.0
         self.values: dict[str, Tensor] = {}
+        self.met: set[str] = set()
 
     def _pyro_sample(self, msg: Any) -> None:
         name = msg["name"]
@@ -339,7 +342,18 @@ class _Free(Messenger):
         if not self.weigh or type(fn).__name__ == "_Subsample":
             return
         log = log_prob_of(fn, msg["value"])
-        self.total = self.total + scale_and_mask(log, msg["scale"], msg["mask"]).sum()
+        self.total = self.total + scale_and_mask(log, msg["scale"], self._mask(msg)).sum()
+
+    def _mask(self, msg: Any) -> Any:
+        """The mask of a site; none for the missing part of a value that was observed through `obs_mask`.
+
+        Pyro draws that part at all elements and masks it where data are, which leaves these elements without a law: they
+        would drift off. Given the law of the site they integrate to one, and nothing looks at them.
+        """
+        name, mask = msg["name"], msg["mask"]
+        self.met.add(name)
+        partly = name.endswith(_MISSING) and name.removesuffix(_MISSING) + "_observed" in self.met
+        return None if partly and name in self.parts else mask
 
 
 def log_prob_of(fn: Any, value: Tensor) -> Tensor:

@@ -183,13 +183,21 @@ class Fitted:
         """New data sets: for each of `n` posterior draws, all observed sites drawn anew, `[n, *site shape]` each.
 
         Args:
-            data: given which the latents are drawn, and whose inputs the program is run with; None: the fitted data.
+            data: whose inputs the program is run with. Where it observes something, the latents are drawn given it; where
+                it holds inputs only, given the fitted data. None: the fitted data.
             n: draws.
             seed: makes them repeatable.
         """
-        drawn = self.posterior(data, n, seed=seed)
         with self._isolated(seed):
             problem, structure = self._asked(data)
+        if any(structure.sites[s].observed for s in self.structure.observed if s in structure.sites):
+            drawn: Mapping[str, Tensor] = self.posterior(data, n, seed=seed)
+        else:  # new inputs and nothing seen with them: what the fitted data say about what all rows share
+            drawn = self.posterior(n=n, seed=seed)
+            drawn = {s: v for s, v in drawn.items() if s in structure.sites and not structure.local(s)}
+            seen = {s: replace(structure.sites[s], observed=True) for s in self.structure.observed}
+            structure = replace(structure, sites={**structure.sites, **seen})
+        with self._isolated(seed):
             return predictive_draws(problem, structure, drawn)
 
     def resume(self, more: int) -> Fitted:

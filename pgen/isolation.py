@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pyro
 import torch
+from torch.distributions import Distribution
 
 from pgen.errors import OptionError
 
@@ -58,7 +59,19 @@ def validating(enabled: bool) -> Iterator[None]:
     """
     with _validation_restored():
         pyro.enable_validation(enabled)
-        yield
+        checks = Distribution._validate_sample
+        try:
+            if (
+                not enabled
+            ):  # laws that were made before, such as priors of a `PyroSample`, would go on checking
+                Distribution._validate_sample = _unchecked
+            yield
+        finally:
+            Distribution._validate_sample = checks
+
+
+def _unchecked(law: Distribution, value: torch.Tensor) -> None:
+    """In the place of a check that a value is in the support."""
 
 
 @contextmanager

@@ -296,3 +296,49 @@ def test_explain_says_what_is_done_to_each_latent():
     (row,) = [r for r in pgen.explain(mixture, torch.zeros(3)) if r.backend == "mcmc"]
     assert "m moved by chees" in row.answer.why
     assert "z summed out exactly" in row.answer.why
+
+
+def test_a_module_with_sampled_weights_is_recorded_and_predicts_new_rows():
+    class Regression(pyro.nn.PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.linear = pyro.nn.PyroModule[torch.nn.Linear](2, 1)
+            self.linear.weight = pyro.nn.PyroSample(dist.Normal(0.0, 1.0).expand([1, 2]).to_event(2))
+            self.linear.bias = pyro.nn.PyroSample(dist.Normal(0.0, 1.0).expand([1]).to_event(1))
+
+        def forward(self, x, y=None):
+            mean = self.linear(x).squeeze(-1)
+            with pyro.plate("rows", len(x)):
+                return pyro.sample("obs", dist.Normal(mean, 0.3), obs=y)
+
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(60, 2, generator=generator)
+    y = x.sum(1) + 0.3 * torch.randn(60, generator=generator)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", NotRecorded)
+        backend = pgen.backend("mcmc", chains=32, draws=100)
+        fitted = pgen.fit(Regression(), {"x": x, "y": y}, backend)
+    inputs = torch.cat([x, torch.ones(60, 1)], 1).double()
+    precision = inputs.T @ inputs / 0.09 + torch.eye(3)
+    truth = torch.linalg.solve(precision, inputs.T @ y.double() / 0.09)
+    weights = fitted.draws().by_chain()["linear.weight"][..., 0, :]
+    for i in range(2):
+        near(weights[..., i], float(truth[i]))
+    new = torch.tensor([[1.0, 1.0], [2.0, 0.0], [0.0, 0.0]])
+    drawn = fitted.predictive({"x": new}, n=3200, seed=0)["obs"].double()
+    assert drawn.shape == (3200, 3)
+    means = torch.cat([new, torch.ones(3, 1)], 1).double() @ truth
+    assert float((drawn.mean(0) - means).abs().max()) < 6 * 0.35 / 3200**0.5 + 0.02
+
+
+def test_observed_in_part_by_a_mask():
+    def program(y, seen):
+        mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y, obs_mask=seen)
+
+    seen = torch.tensor([True, False, True, True])
+    fitted = pgen.fit(program, {"y": Y, "seen": seen}, pgen.backend("mcmc", chains=32, draws=150))
+    draws = fitted.draws().by_chain()
+    near(draws["mu"], float(Y[seen].sum() / 3.25))
+    near(draws["y"][..., 1], float(Y[seen].sum() / 3.25), name="the element that was not seen")
