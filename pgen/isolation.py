@@ -59,15 +59,14 @@ def validating(enabled: bool) -> Iterator[None]:
     """
     with _validation_restored():
         pyro.enable_validation(enabled)
-        checks = Distribution._validate_sample
+        laws = cast("Any", Distribution)
+        checks = laws._validate_sample
         try:
-            if (
-                not enabled
-            ):  # laws that were made before, such as priors of a `PyroSample`, would go on checking
-                Distribution._validate_sample = _unchecked
+            # Laws that were made before, such as priors of a `PyroSample`, would go on checking by themselves.
+            laws._validate_sample = checks if enabled else _unchecked
             yield
         finally:
-            Distribution._validate_sample = checks
+            laws._validate_sample = checks
 
 
 def _unchecked(law: Distribution, value: torch.Tensor) -> None:
