@@ -12,8 +12,9 @@ from torch import Tensor
 from pgen.backends.mcmc.chains import Chains
 from pgen.backends.mcmc.ledger import Block, Memory, plain
 from pgen.capability import Estimate
-from pgen.density import Density, Functions
+from pgen.density import Density
 from pgen.draws import Draws
+from pgen.evaluation import Functions
 from pgen.history import History
 from pgen.problem import Problem
 from pgen.sampling import draw

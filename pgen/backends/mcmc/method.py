@@ -28,8 +28,9 @@ from pgen.backends.mcmc.many import many
 from pgen.backends.mcmc.needs import Needs, needs, offer
 from pgen.backends.mcmc.samplers import KERNELS, Idle, Options, sampler_of
 from pgen.capability import Offer, Refusal
-from pgen.density import Density, Functions, functions_of
+from pgen.density import Density
 from pgen.errors import OptionError
+from pgen.evaluation import Functions, functions_of
 from pgen.observers import Audience
 from pgen.problem import Problem
 from pgen.registry import hookimpl
@@ -66,7 +67,7 @@ class MCMC:
         metric: `"auto"`, `"dense"` (learns correlations) or `"diagonal"`.
         max_depth: of the trees of NUTS.
         step_size: of "ula", "sgld" and "sghmc", which do not adapt it; in unconstrained units.
-        init: where chains begin: `"uniform"` on (-2, 2) in unconstrained space, `"prior"`, `"pathfinder"`, values by
+        init: where chains begin: `"uniform"` (so does `"auto"`) on (-2, 2) in unconstrained space, `"prior"`, `"pathfinder"`, values by
             site, or another fit of the same latents, whose posterior draws they then are.
         enumerate: `"auto"`: finite latents are summed out where they can be; `"none"`: drawn in turn.
         islands: groups of particles for `log_prob`, whose spread gives its standard error.
