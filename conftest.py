@@ -45,6 +45,21 @@ def _seeded(seed):
     torch.manual_seed(seed)
 
 
+@pytest.fixture
+def one_thread():
+    """For tensors too small to share, and bits that depend on the number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def compiler_cache(tmp_path_factory, monkeypatch):
+    """What torch's compiler finds out about the machine, once for all tests."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "torch"))
+
+
 def _state():
     """What a test shares with every other test of its process, and so must not change."""
     return {

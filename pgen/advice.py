@@ -17,7 +17,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from pgen.metrics.chains import Diagnosis, e_bfmi, r_hat_by_chance
+from pgen.metrics.chains import Diagnosis, e_bfmi, r_hat, r_hat_by_chance
 from pgen.metrics.ranks import in_order
 
 R_HAT = 1.01
@@ -27,6 +27,8 @@ KHAT = 0.7
 ALARM = 1e-3
 """Probability that a statement about all coordinates together is made by chance."""
 
+_FEW_LABELS = 50
+_APART, _TOGETHER = 1.2, 1.1  # R-hat of elements that switch labels, and of the same in order
 _LOCATED = 256  # divergent draws looked at, evenly over all
 
 
@@ -219,6 +221,9 @@ def _disagree(e: Evidence) -> Iterator[str]:
     r = torch.where(bad, e.every("r_hat"), 0.0)
     worst = int(r.argmax())
     start = f"R-hat of {e.name(worst)} is {float(r[worst]):.2f} ({_above(bad, f'above {R_HAT}')}): chains disagree"
+    if (labels := switched(e)) is not None:
+        yield f"{start}. {labels}"
+        return
     for place in r.argsort(descending=True)[: min(20, int(bad.sum()))].tolist():
         groups = groups_of_chains(e.draws(place).double()) if half[place] >= 10 else None
         if groups is not None:
@@ -226,6 +231,35 @@ def _disagree(e: Evidence) -> Iterator[str]:
             return
     halves = "halves of the chain" if e.shape[0] == 1 else "chains, or halves of them,"
     yield f"{start}; {halves} have not found the same law yet. Warm up and run longer, or reparameterise"
+
+
+def switched(e: Evidence) -> str | None:
+    """Says so if chains agree about each site once its elements are in order: they differ in which element is which.
+
+    Exchangeable elements, such as the components of a mixture, have a mode for each of their orders. Each chain is in one
+    of them, and nothing is wrong about it.
+    """
+    names: list[str] = []
+    worst = 0.0
+    for site, x in e.sites.items():
+        whole = float(e.found[site].r_hat.nan_to_num(nan=0.0, posinf=math.inf).max())
+        if not x.is_floating_point() or whole <= _APART:
+            continue
+        width = x.shape[-1]
+        ordered = (
+            math.inf if not 2 <= width <= _FEW_LABELS else float(r_hat(x.double().sort(-1).values).max())
+        )
+        if not ordered < _TOGETHER:
+            return None
+        names.append(site)
+        worst = max(worst, ordered)
+    if not names:
+        return None
+    return (
+        f"Labels are switched: put in order, the elements of {' and of '.join(names)} agree (R-hat {worst:.2f}), so chains "
+        "differ in which of them is which, and what does not depend on that can be trusted. Look at "
+        f"{names[0]}.sort(-1), or tell the elements apart by their priors, or by a law that keeps them in order"
+    )
 
 
 def groups_of_chains(x: Tensor) -> list[list[int]] | None:

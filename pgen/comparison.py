@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from pgen.capability import Estimate, Query
 from pgen.choice import refusal_text
 from pgen.errors import DataError, MeasureError, Refused
 from pgen.fitted import Fitted
-from pgen.fitting import fit
+from pgen.fitting import UnusedOption, fit
 from pgen.metrics.two_sample import energy_distance
 from pgen.problem import Data
 from pgen.protocols import Backend
@@ -123,7 +124,11 @@ def compare(
     for name, backend in named.items():
         start = time.perf_counter()
         try:
-            fitted = fit(program, data, backend, args=args, kwargs=kwargs, run=run, seed=seed)
+            with warnings.catch_warnings():
+                warnings.simplefilter(
+                    "ignore", UnusedOption
+                )  # one run for all: each takes what it has a use for
+                fitted = fit(program, data, backend, args=args, kwargs=kwargs, run=run, seed=seed)
         except Refused as error:
             note = refusal_text(error.refusal) if error.refusal is not None else str(error)
             rows.append(ComparisonRow(name, None, note=note))

@@ -17,22 +17,16 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.distributions.util import scale_and_mask
-from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.distributions import biject_to
-from torch.overrides import TorchFunctionMode
 
 from pgen.algorithms.sum_product import log_partition, sample
-from pgen.capability import Capability
 from pgen.enumeration import enumerate_sites
-from pgen.errors import ProgramError
-from pgen.handlers import ScaleRows, Substitute, only_named
+from pgen.handlers import ScaleRows, Substitute
 from pgen.isolation import validating
 from pgen.problem import Problem
 from pgen.structure import Structure
-
-_MISSING = "_unobserved"  # how Pyro names the part of a site that `obs_mask` leaves out
+from pgen.terms import Apart, Relaxed
+from pgen.unconstrained import Constrain, Tolerant, Unconstrain, bijection_of
 
 
 @dataclass(frozen=True)
@@ -98,14 +92,14 @@ class Density:
                 continue
             node = nodes[name]
             shape = torch.Size(node["value"].shape)
-            free = torch.Size(_bijection(name, node["fn"]).inverse_shape(shape))
+            free = torch.Size(bijection_of(name, node["fn"]).inverse_shape(shape))
             slots.append(Slot(name, shape, free, start))
             start += math.prod(free)
         values = {s.name: nodes[s.name]["value"] for s in slots}
         found = Density(problem, structure, tuple(slots), tuple(finite), tuple(held))
         if finite:
             with validating(False), torch.no_grad():
-                run = _substituting(problem, values)
+                run = Substitute(values)(problem)
                 checked = enumerate_sites(run, structure, finite, check=True)
             found = replace(found, apart=checked.apart)
         return found
@@ -128,25 +122,52 @@ class Density:
             given: values of the latents in `held`.
         """
         problem = self.problem if problem is None else problem
-        with _Tolerant():
+        with Tolerant():
             return self._log_density(position, problem, given)
 
     def _log_density(self, position: Tensor, problem: Problem, given: Mapping[str, Tensor] | None) -> Tensor:
         parts = self._parts(position)
-        free = _Free(parts, given or {}, weigh=not self.finite)
+        free = Constrain(parts, given or {}, weigh=not self.finite)
         if not self.finite:
             with free:
                 problem()
             return free.total + free.volume
 
         def run() -> None:
-            with _Free(parts, given or {}, weigh=False) as inner:
+            with Constrain(parts, given or {}, weigh=False) as inner:
                 problem()
             free.volume = inner.volume
 
-        # The reader is outermost: it gives the finite latents their values before `_Free` would.
+        # The reader is outermost: it gives the finite latents their values before `Constrain` would.
         found = enumerate_sites(run, self.structure, self.finite, apart=self.apart)
         return log_partition(found.graph()).sum() + free.volume
+
+    def terms(self, position: Tensor, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The terms that the log density of one vector is the sum of, by site; see `Apart`.
+
+        Where latents are summed out, all is one term, named "".
+
+        Args:
+            position: the vector, `[d]`.
+            given: values of the latents in `held`.
+        """
+        if self.finite:
+            return {"": self.log_density(position, given=given)}
+        apart = Apart(self._parts(position), given)
+        with Tolerant(), apart:
+            self.problem()
+        return apart.terms
+
+    def relaxed(self, position: Tensor, given: Mapping[str, Tensor], codes: Mapping[str, Tensor]) -> Tensor:
+        """Log density of one vector, differentiable by one-hot codes of the values of latents in `held`; see `Relaxed`.
+
+        Where no latents are summed out. That the program gives the same at the corners as `log_density` is for the caller to
+        check.
+        """
+        relaxed = Relaxed(self._parts(position), given, codes)
+        with Tolerant(), relaxed:
+            self.problem()
+        return relaxed.total + relaxed.volume
 
     def _parts(self, position: Tensor) -> dict[str, Tensor]:
         pieces = position.split([slot.size for slot in self.slots], -1) if self.slots else ()
@@ -156,48 +177,46 @@ class Density:
 
     def value_and_gradient(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Log density `[C]` and its gradient `[C, d]` at vectors `[C, d]`, through vmap."""
-        u = positions.detach().requires_grad_()
-        with validating(False), torch.enable_grad():
-            value = torch.vmap(self.log_density)(u)
-            gradient = _slope(value.sum(), u)
-        return value.detach(), gradient
+        return _and_slope(torch.vmap(self.log_density), positions)
 
     def on_a_batch(self, positions: Tensor, size: int) -> tuple[Tensor, Tensor]:
         """An unbiased estimate of the same, from `size` rows drawn anew at every call, one batch for all vectors."""
         rows = self.problem.rows or 1
         batch = self.problem.take(torch.randint(rows, (size,), device=positions.device))
-        u = positions.detach().requires_grad_()
-        with validating(False), torch.enable_grad(), ScaleRows(self.structure.data_plates, batch.scale):
-            value = torch.vmap(partial(self.log_density, problem=batch))(u)
-            gradient = _slope(value.sum(), u)
-        return value.detach(), gradient
+        with ScaleRows(self.structure.data_plates, batch.scale):
+            return _and_slope(torch.vmap(partial(self.log_density, problem=batch)), positions)
 
-    def on_many(self, positions: Tensor, data: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def on_many(
+        self, positions: Tensor, data: Mapping[str, Tensor], inputs: Mapping[str, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The same for R data sets at once.
 
         Args:
             positions: `[R * C, d]`, data set by data set.
             data: observations `[R, ...]` by site.
+            inputs: arguments `[R, ...]` by name, where they are others in each data set.
         """
-        sets = len(next(iter(data.values())))
-        u = positions.detach().requires_grad_()
+        inputs = dict(inputs or {})
+        sets = len(next(iter((*data.values(), *inputs.values()))))
 
-        def one(group: Tensor, seen: dict[str, Tensor]) -> Tensor:
-            problem = replace(self.problem, observations={**self.problem.observations, **seen})
+        def one(group: Tensor, seen: dict[str, Tensor], given: dict[str, Tensor]) -> Tensor:
+            problem = replace(
+                self.problem,
+                inputs={**self.problem.inputs, **given},
+                observations={**self.problem.observations, **seen},
+            )
             return torch.vmap(partial(self.log_density, problem=problem))(group)
 
-        with validating(False), torch.enable_grad():
-            value = torch.vmap(one)(u.reshape(sets, -1, u.shape[-1]), dict(data)).reshape(-1)
-            gradient = _slope(value.sum(), u)
-        return value.detach(), gradient
+        def each(u: Tensor) -> Tensor:
+            return torch.vmap(one)(u.reshape(sets, len(u) // sets, u.shape[-1]), dict(data), inputs).reshape(
+                -1
+            )
+
+        return _and_slope(each, positions)
 
     def given_choices(self, positions: Tensor, choices: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The same given values `[C, ...]` of the latents in `held`."""
-        u = positions.detach().requires_grad_()
-        with validating(False), torch.enable_grad():
-            value = torch.vmap(self.given_choice)(u, dict(choices))
-            gradient = _slope(value.sum(), u)
-        return value.detach(), gradient
+        return _and_slope(lambda u: torch.vmap(self.given_choice)(u, dict(choices)), positions)
 
     def given_choice(self, position: Tensor, choice: Mapping[str, Tensor]) -> Tensor:
         """Log density of one vector given values of the latents in `held`."""
@@ -205,11 +224,7 @@ class Density:
 
     def alone(self, position: Tensor) -> tuple[Tensor, Tensor]:
         """Log density, a scalar, and its gradient `[d]` at one vector `[d]`."""
-        u = position.detach().requires_grad_()
-        with validating(False), torch.enable_grad():
-            value = self.log_density(u)
-            gradient = _slope(value, u)
-        return value.detach(), gradient
+        return _and_slope(self.log_density, position)
 
     def one_by_one(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """The same as `value_and_gradient` by a loop, for programs that vmap cannot run."""
@@ -222,8 +237,8 @@ class Density:
 
     def value(self, position: Tensor, given: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The same at one vector `[d]`, given values of the latents in `held`."""
-        free = _Free(self._parts(position), given or {}, weigh=False)
-        with validating(False), torch.no_grad(), _Tolerant(), free:
+        free = Constrain(self._parts(position), given or {}, weigh=False)
+        with validating(False), torch.no_grad(), Tolerant(), free:
             self.problem()
         return free.values
 
@@ -242,7 +257,7 @@ class Density:
         problem = replace(self.problem, observations={**self.problem.observations, **(data or {})})
 
         def run() -> None:
-            with _Free(self._parts(position), {}, weigh=False):
+            with Constrain(self._parts(position), {}, weigh=False):
                 problem()
 
         with validating(False), torch.no_grad():
@@ -250,11 +265,15 @@ class Density:
             indices = sample(found.graph(), 1, check=False)
         return {name: found.values(name, index)[0] for name, index in indices.items()}
 
+    def volume(self, positions: Tensor) -> Tensor:
+        """Log determinants `[n]` of coordinates other than the unconstrained latents, at vectors `[n, d]`: zero here."""
+        return positions.new_zeros(len(positions))
+
     def unconstrained(self, values: Mapping[str, Tensor]) -> Tensor:
         """Vectors `[n, d]` of values of the continuous latents `[n, *shape]` (their inverse)."""
 
         def one(some: dict[str, Tensor]) -> Tensor:
-            inverse = _Inverse(some)
+            inverse = Unconstrain(some)
             with inverse:
                 self.problem()
             pieces = [inverse.found[s.name].reshape(-1) for s in self.slots]
@@ -269,144 +288,13 @@ class Density:
                 return torch.stack([one({k: v[i] for k, v in laid.items()}) for i in range(rows)])
 
 
-def _slope(value: Tensor, u: Tensor) -> Tensor:
-    """The gradient; zero where the value does not depend on the vector."""
-    if not value.requires_grad:
-        return torch.zeros_like(u)
-    (gradient,) = torch.autograd.grad(value, u, allow_unused=True)
-    return torch.zeros_like(u) if gradient is None else gradient
-
-
-def _bijection(name: str, fn: Any) -> Any:
-    try:
-        return biject_to(fn.support)
-    except NotImplementedError as error:
-        raise ProgramError(
-            f"site {name!r}: its support {fn.support} has no bijection from the real numbers, so no gradient-based "
-            "kernel can move it; give the site a law with a continuous support"
-        ) from error
-
-
-class _Tolerant(TorchFunctionMode):
-    """Factors what is not positive definite as NaN: the density is no number there, and nothing is raised.
-
-    One chain that proposes such a place must not stop the others.
-    """
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func in (torch.linalg.cholesky, torch.cholesky, Tensor.cholesky):
-            matrix, upper = args[0], kwargs.get("upper", args[1] if len(args) > 1 else False)
-            factor, failed = torch.linalg.cholesky_ex(matrix, upper=upper)
-            return torch.where((failed == 0)[..., None, None], factor, math.nan)
-        return func(*args, **kwargs)
-
-
-class _Free(Messenger):
-    """Gives latents their values from unconstrained parts, and adds up log densities and volumes."""
-
-    def __init__(self, parts: Mapping[str, Tensor], given: Mapping[str, Tensor], weigh: bool) -> None:
-        super().__init__()
-        self.parts, self.given, self.weigh = parts, given, weigh
-        self.total: Any = 0.0
-        self.volume: Any = 0.0
-        self.values: dict[str, Tensor] = {}
-        self.met: set[str] = set()
-
-    def _pyro_sample(self, msg: Any) -> None:
-        name = msg["name"]
-        if msg["is_observed"]:
-            return
-        if name in self.parts:
-            transform, free = biject_to(msg["fn"].support), self.parts[name]
-            value = transform(free)
-            self.volume = self.volume + transform.log_abs_det_jacobian(free, value).sum()
-            self.values[name] = value
-        elif name in self.given:
-            value = self.given[name]
-        elif msg["fn"].has_enumerate_support:
-            # Summed out, or moved by others: here some value will do.
-            value = _first_value(msg["fn"])
-        else:
-            return
-        msg["value"], msg["done"] = value, True
-
-    def _pyro_post_sample(self, msg: Any) -> None:
-        fn = msg["fn"]
-        if only_named(msg):
-            self.values[msg["name"]] = msg["value"]
-            return
-        if not self.weigh or type(fn).__name__ == "_Subsample":
-            return
-        log = log_prob_of(fn, msg["value"])
-        self.total = self.total + scale_and_mask(log, msg["scale"], self._mask(msg)).sum()
-
-    def _mask(self, msg: Any) -> Any:
-        """The mask of a site; none for the missing part of a value that was observed through `obs_mask`.
-
-        Pyro draws that part at all elements and masks it where data are, which leaves these elements without a law: they
-        would drift off. Given the law of the site they integrate to one, and nothing looks at them.
-        """
-        name, mask = msg["name"], msg["mask"]
-        self.met.add(name)
-        partly = name.endswith(_MISSING) and name.removesuffix(_MISSING) + "_observed" in self.met
-        return None if partly and name in self.parts else mask
-
-
-def log_prob_of(fn: Any, value: Tensor) -> Tensor:
-    """The log probability of a value, written so that it batches and that its gradient costs little.
-
-    torch masks the logits of a multinomial by index, which vmap cannot do; and its Bernoulli, under vmap, comes apart
-    into thirty operations where `x l - softplus(l)` is three.
-    """
-    if isinstance(fn, torch.distributions.Independent):
-        log = log_prob_of(fn.base_dist, value)
-        return log.sum(list(range(-fn.reinterpreted_batch_ndims, 0))) if fn.reinterpreted_batch_ndims else log
-    if isinstance(fn, torch.distributions.Multinomial):
-        counts = torch.lgamma(value.sum(-1) + 1) - torch.lgamma(value + 1).sum(-1)
-        return counts + torch.where(value == 0, 0.0, value * fn.logits).sum(-1)
-    if isinstance(fn, torch.distributions.Bernoulli) and "logits" in fn.__dict__:
-        return value * fn.logits - torch.nn.functional.softplus(fn.logits)
-    declared = getattr(fn, "capabilities", None)
-    if declared is not None and Capability.LOG_PROB not in declared:
-        return fn.log_density(value)
-    return fn.log_prob(value)
-
-
-def _first_value(fn: Any) -> Tensor:
-    """The first value of a finite support, in the shape of a draw."""
-    value = fn.enumerate_support(expand=False)[0]
-    return value.expand(fn.batch_shape + fn.event_shape) if not fn.event_shape else value
-
-
-class _Inverse(Messenger):
-    """Sets latents to given values, and finds their unconstrained counterparts."""
-
-    def __init__(self, values: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self.values = values
-        self.found: dict[str, Tensor] = {}
-
-    def _pyro_sample(self, msg: Any) -> None:
-        name = msg["name"]
-        if name in self.values and not msg["is_observed"]:
-            value = self.values[name]
-            self.found[name] = biject_to(msg["fn"].support).inv(value)
-        elif msg["fn"].has_enumerate_support and not msg["is_observed"]:
-            value = _first_value(msg["fn"])
-        else:
-            return
-        msg["value"], msg["done"] = value, True
-
-
-def _substituting(problem: Problem, values: Mapping[str, Tensor]) -> Callable[[], object]:
-    def run() -> None:
-        with Substitute(values):
-            problem()
-
-    return run
+def _and_slope(log_density: Callable[[Tensor], Tensor], positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Values, and the gradient of each in its own vector: zero where it does not depend on that."""
+    u = positions.detach().requires_grad_()
+    with validating(False), torch.enable_grad():
+        value = log_density(u)
+        slope = torch.autograd.grad(value.sum(), u, allow_unused=True)[0] if value.requires_grad else None
+    return value.detach(), torch.zeros_like(u) if slope is None else slope
 
 
 def stacked(alone: Callable[[Tensor], tuple[Tensor, Tensor]], positions: Tensor) -> tuple[Tensor, Tensor]:

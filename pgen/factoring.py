@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-import networkx as nx
 import torch
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
@@ -193,8 +192,8 @@ def plate_name(structure: Structure, plate: str) -> str:
 
 def outside_plates(
     structure: Structure, latents: Collection[str], sites: Collection[str] | None = None
-) -> Refusal | None:
-    """Why some finite latents cannot be summed out: a site outside of their plates depends on them.
+) -> dict[str, Refusal]:
+    """Which finite latents cannot be summed out, and why: a site outside of their plates depends on them.
 
     What such a site says about the elements of a plate is no product over them, so that their sum would be
     over all joint values of the plate.
@@ -204,25 +203,35 @@ def outside_plates(
         latents: to be summed out.
         sites: to be looked at; by default all that the observed values bear upon.
     """
-    if sites is None:
-        ends = {*structure.observed, *structure.factors}
-        sites = ends.union(*(nx.ancestors(structure.graph, end) for end in ends))
-    for site in structure:
-        if site.name not in sites:
-            continue
+    plates = {name: structure.sites[name].plates for name in latents if structure.sites[name].plates}
+    if not plates:
+        return {}
+    found: dict[str, Refusal] = {}
+    for name in _bearing(structure) if sites is None else sites:
+        site = structure.sites[name]
         here = {plate_name(structure, plate) for plate in site.plates}
-        for name in site.parents:
-            own = structure.sites[name].plates if name in latents else ()
-            lost = [plate for plate in own if plate_name(structure, plate) not in here]
-            if lost:
-                return Refusal(
-                    name,
+        for parent in site.parents:
+            lost = [plate for plate in plates.get(parent, ()) if plate_name(structure, plate) not in here]
+            if lost and parent not in found:
+                found[parent] = Refusal(
+                    parent,
                     "uses inside its plates",
-                    f"{site.name!r} depends on {name!r} and is not in plate {lost[0]!r} as {name!r} is: the sum "
-                    f"would be over all joint values of the plate; put {site.name!r} into the plate, or "
-                    f"observe {name!r}",
+                    f"{name!r} depends on {parent!r} and is not in plate {lost[0]!r} as {parent!r} is: the sum "
+                    f"would be over all joint values of the plate; put {name!r} into the plate, or "
+                    f"observe {parent!r}",
                 )
-    return None
+    return found
+
+
+def _bearing(structure: Structure) -> set[str]:
+    """Observed sites and factors, and all that these depend on."""
+    found = {*structure.observed, *structure.factors}
+    ahead = list(found)
+    while ahead:
+        parents = set(structure.graph.predecessors(ahead.pop())) - found
+        found |= parents
+        ahead.extend(parents)
+    return found
 
 
 def refused(site: str | None, missing: str, why: str) -> Refused:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pgen import store
+from pgen import saving
+from pgen.calling import name_of, signature_of
 from pgen.capability import Estimate, Offer, Query
 from pgen.draws import Draws
-from pgen.errors import CheckpointError, DataError, Dishonest, OptionError, Unanswerable
+from pgen.errors import DataError, Dishonest, OptionError, Unanswerable
 from pgen.history import History
 from pgen.inspection import inspect_problem
 from pgen.isolation import isolated, seed_or_fresh
@@ -29,9 +29,6 @@ from pgen.structure import Structure
 from pgen.summary import Summary
 
 _SUMMARIZED = 4000  # draws that a summary is made of, where the fit holds none
-_KEEP_BYTES = (
-    16 * 2**20
-)  # training data up to this size is saved with the fit, so that queries without data go on working
 
 
 class Fitted:
@@ -216,41 +213,29 @@ class Fitted:
             go_on(more)
         return self
 
+    def transport(self) -> Any:
+        """The map from standard normal vectors to unconstrained latents that was learned, frozen.
+
+        For variational fits with one joint law of all latents: `guide="flow"`, `"full-rank"`, `"low-rank"`, `"mean-field"`.
+        `pgen.backend("mcmc", precondition=...)` moves chains by it. See `pgen.guides.transport`.
+
+        Raises:
+            Unanswerable: nothing of the kind was learned.
+        """
+        made: Callable[[], Any] | None = getattr(self._answers, "transport", None)
+        if made is None:
+            raise Unanswerable(
+                f"backend {self.backend.name!r} learns no map to the latents; fit with pgen.backend('variational', guide='flow')"
+            )
+        return made()
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the fit to a folder: safetensors, JSON and checksums; nothing in it is ever executed.
 
         Raises:
             CheckpointError: an option or argument has no place in such a file; the message says which.
         """
-        problem = self.problem
-        kept = (
-            self._complete
-            and sum(v.nbytes for v in (*problem.inputs.values(), *problem.observations.values()))
-            <= _KEEP_BYTES
-        )
-        if problem.source is not None:
-            kept, problem = False, problem.take(torch.arange(min(3, problem.rows or 0)))
-        elif not kept and problem.rows is not None:
-            problem = problem.take(torch.arange(min(3, problem.rows)))
-        tensors = {f"answers.{k}": v for k, v in self._answers.tensors().items()}
-        tensors |= {f"input.{k}": v for k, v in problem.inputs.items()}
-        tensors |= {f"observation.{k}": v for k, v in problem.observations.items()}
-        metadata = {
-            "backend": self.backend.name,
-            "options": {f.name: _plain(getattr(self.backend, f.name)) for f in fields(self.backend)},  # type: ignore[arg-type]
-            "program": self.structure.name,
-            "sites": _signature(self.structure),
-            "seed": self.seed,
-            "precision": self._precision,
-            "complete": bool(kept),
-            "positional": list(problem.positional),
-            "arguments": {
-                "args": [_plain(a) for a in problem.args],
-                "kwargs": {k: _plain(v) for k, v in problem.kwargs.items()},
-            },
-            "history": self.history.to_json(),
-        }
-        store.save(path, tensors, metadata)
+        saving.save(self, path)
 
     @contextmanager
     def _isolated(self, seed: int | None) -> Iterator[None]:
@@ -315,9 +300,10 @@ class Learned:
         """Keep both."""
         self._program = program
         self._parameters = parameters
-        target = program.forward if isinstance(program, torch.nn.Module) else program
-        self.__name__ = getattr(program, "__name__", type(program).__name__)
-        self.__signature__ = inspect.signature(target)
+        self.__name__ = name_of(program)
+        signature = signature_of(program)
+        if signature is not None:
+            self.__signature__ = signature
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the program with the learned tensors lent to it."""
@@ -325,90 +311,7 @@ class Learned:
             return self._program(*args, **kwargs)
 
 
-def restored(
-    path: str | os.PathLike[str],
-    program: Callable[..., Any],
-    find: Callable[[str, Mapping[str, Any]], Backend],
-    fit: Callable[..., Fitted],
-    backend: Backend | None,
-    args: tuple[Any, ...] | None,
-    kwargs: Mapping[str, Any] | None,
-) -> Fitted:
-    """A saved fit, put together again: the same backend on the same structure, then the learned tensors."""
-    tensors, metadata = store.load(path)
-    where = os.fspath(path)
-    try:
-        inputs = {k.partition(".")[2]: v for k, v in tensors.items() if k.startswith("input.")}
-        observed = {k.partition(".")[2]: v for k, v in tensors.items() if k.startswith("observation.")}
-        learned = {k.partition(".")[2]: v for k, v in tensors.items() if k.startswith("answers.")}
-        positional = metadata["positional"]
-        data = tuple(inputs[k] for k in positional) if positional else ({**inputs, **observed} or None)
-        options, name = metadata["options"], metadata["backend"]
-        saved_args, saved_kwargs = metadata["arguments"]["args"], metadata["arguments"]["kwargs"]
-        signature, seed = metadata["sites"], int(metadata["seed"])
-        history, complete = History.from_json(metadata["history"]), bool(metadata["complete"])
-        precision = metadata["precision"]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(
-            f"{where} is no saved fit: {type(error).__name__} {error} in its metadata; expected what fitted.save wrote"
-        ) from error
-    for what, given, saved in (("args", args, saved_args), ("kwargs", kwargs, saved_kwargs)):
-        lost = [v for v in (saved.values() if isinstance(saved, dict) else saved) if _lost(v)]
-        if lost and given is None:
-            raise CheckpointError(
-                f"{where}: the fit was given {lost[0]['object']} in {what}, which a file cannot hold; give it again: pgen.load(path, program, {what}=...)"
-            )
-    if backend is None:
-        lost_options = [k for k, v in options.items() if _lost(v)]
-        if lost_options:
-            raise CheckpointError(
-                f"{where}: option {lost_options[0]!r} of backend {name!r} was {options[lost_options[0]]['object']}, which a file cannot hold; "
-                f"give the backend again: pgen.load(path, program, backend=pgen.backend({name!r}, {lost_options[0]}=...))"
-            )
-        backend = find(name, {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
-    elif backend.name != name:
-        raise CheckpointError(f"{where} was fitted by backend {name!r}, not {backend.name!r}")
-    fitted = fit(
-        program,
-        data,
-        backend,
-        args=tuple(saved_args) if args is None else args,
-        kwargs=saved_kwargs if kwargs is None else kwargs,
-        seed=seed,
-        precision=precision,
-    )
-    if _signature(fitted.structure) != signature:
-        raise CheckpointError(
-            f"{where} holds a fit of the sites {signature}, but this program has {_signature(fitted.structure)}; load with the program that was fitted"
-        )
-    fitted._answers.load(learned)
-    fitted._answers.history = history
-    fitted._complete = complete
-    return fitted
-
-
 def _count(name: str, n: Any) -> int:
     if isinstance(n, bool) or not isinstance(n, Integral) or n < 1:
         raise OptionError(f"{name} is {n!r}; expected a whole number of draws, at least 1")
     return int(n)
-
-
-def _signature(structure: Structure) -> dict[str, list[Any]]:
-    return {s.name: [s.distribution, list(s.event_shape), s.observed] for s in structure}
-
-
-def _plain(value: Any) -> Any:
-    """A value as JSON holds it; what JSON cannot hold is named, to be given again at loading."""
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, (list, tuple)) and all(not _lost(_plain(v)) for v in value):
-        return [_plain(v) for v in value]
-    if isinstance(value, Mapping) and all(
-        isinstance(k, str) and not _lost(_plain(v)) for k, v in value.items()
-    ):
-        return {k: _plain(v) for k, v in value.items()}
-    return {"object": f"{type(value).__module__}.{type(value).__qualname__}", "lost": True}
-
-
-def _lost(value: Any) -> bool:
-    return isinstance(value, Mapping) and value.get("lost") is True

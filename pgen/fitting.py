@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from typing import Any
@@ -14,14 +15,20 @@ from pgen.capability import Offer
 from pgen.choice import Explanation, choose, examine, refusal_text
 from pgen.conversion import Conversions, adapter
 from pgen.errors import OptionError, Refused
-from pgen.fitted import Fitted, restored
+from pgen.fitted import Fitted
 from pgen.inspection import inspect_problem
 from pgen.isolation import isolated, whole_seed
 from pgen.problem import Data, Problem
 from pgen.protocols import Backend
 from pgen.registry import Registry
 from pgen.run import Run
+from pgen.saving import restored
 from pgen.structure import Structure
+from pgen.training.options import shown
+
+
+class UnusedOption(UserWarning):
+    """An option of a run is set, and the backend has no use for it."""
 
 
 def fit(
@@ -62,6 +69,12 @@ def fit(
             problem.to(run.device, torch.float64 if run.precision == "float64" else None)
         )
         chosen = _chosen(backend, structure)
+        if run.places and not getattr(chosen, "several_devices", False):
+            raise OptionError(
+                f"backend {chosen.name!r} computes on one device, and Run(devices=...) names {len(run.places)}; expected "
+                f"Run(device={run.device!r}), or a backend that divides its work, such as 'mcmc'"
+            )
+        _warn_of_unused(chosen, run)
         offer = chosen.examine(structure)
         if not isinstance(offer, Offer):
             raise Refused(
@@ -80,6 +93,16 @@ def _chosen(backend: str | Backend | None, structure: Structure) -> Backend:
     if isinstance(backend, str):
         return make_backend(backend)
     return choose(structure, _installed()) if backend is None else backend
+
+
+def _warn_of_unused(backend: Backend, run: Run) -> None:
+    unused: Callable[[Run], Mapping[str, str]] | None = getattr(backend, "unused", None)
+    for name, instead in (unused(run) if unused is not None else {}).items():
+        warnings.warn(
+            f"backend {backend.name!r} makes no use of Run({name}={shown(getattr(run, name))}): {instead}",
+            UnusedOption,
+            stacklevel=3,
+        )
 
 
 def explain(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -12,7 +13,6 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pgen.capability import Capability, capabilities_of
-from pgen.errors import DataError
 
 
 def only_named(msg: Any) -> bool:
@@ -58,33 +58,59 @@ class Observe(Messenger):
         msg["is_observed"] = True
 
 
-def without_missing(name: str, fn: Any, value: Tensor) -> tuple[Any, Tensor]:
-    """The law of the elements that are there, and the value with the missing ones filled in (they count for nothing).
+_GAUSSIAN = (torch.distributions.MultivariateNormal, torch.distributions.LowRankMultivariateNormal)
 
-    Exact for laws that factorise over elements: an unobserved element integrates to one.
+
+def without_missing(name: str, fn: Any, value: Tensor) -> tuple[Any, Tensor]:
+    """The law of what is there, and the value with what is missing filled in, which counts for nothing.
+
+    Exact: what is not observed integrates to one. Where elements depend on each other, as in a multivariate normal,
+    events may be missing as a whole; those of Gaussian laws in part too.
+
+        N(x; mu, S) with some elements missing is N(x'; mu', S') with x' = mu' = 0 at these, S' = 1 / 2pi on the
+        diagonal and 0 beside it.
+
+    An event of another law that is missing in part keeps its NaN, which no support holds.
     """
     base, dims = (
         (fn.base_dist, fn.reinterpreted_batch_ndims)
         if isinstance(fn, torch.distributions.Independent)
         else (fn, 0)
     )
-    if base.event_shape:
-        raise DataError(
-            f"site {name!r}: NaN means missing, but the elements of {type(base).__name__} depend on each other, so a missing "
-            "one cannot be left out; observe complete rows, or write the site as independent elements"
-        )
     present = ~torch.isnan(value)
-    shape = torch.Size(np.broadcast_shapes(base.batch_shape, value.shape))
-    filled = torch.where(present, value, _value_inside(base.support, value))
-    return base.expand(shape).mask(present.expand(shape)).to_event(dims), filled.expand(shape)
+    event = len(base.event_shape)
+    shape = torch.Size(np.broadcast_shapes(tuple(base.batch_shape + base.event_shape), tuple(value.shape)))
+    batch = shape[: len(shape) - event]
+    if isinstance(base, _GAUSSIAN):
+        return _gaussian_of(base.expand(batch), present.expand(shape)).to_event(dims), torch.where(
+            present, value, 0.0
+        ).expand(shape)
+    there = present.flatten(-event).any(-1) if event else present
+    inside = _value_inside(base, value)
+    filled = torch.where(there.reshape(there.shape + (1,) * event), value, inside)
+    return base.expand(batch).mask(there.expand(batch)).to_event(dims), filled.expand(shape)
 
 
-def _value_inside(support: Any, like: Tensor) -> Tensor:
-    """Some value of a support."""
+def _gaussian_of(fn: Any, present: Tensor) -> dist.MultivariateNormal:
+    """The law of the elements that are present; the others are independent of all, and have density 1 at 0."""
+    both = present.unsqueeze(-1) & present.unsqueeze(-2)
+    alone = torch.eye(present.shape[-1], dtype=fn.loc.dtype, device=fn.loc.device) / (2 * math.pi)
+    covariance = torch.where(both, fn.covariance_matrix, alone)
+    return dist.MultivariateNormal(torch.where(present, fn.loc, 0.0), covariance)
+
+
+def _value_inside(fn: Any, like: Tensor) -> Tensor:
+    """Some value of the support of a law: a number, or an event."""
     try:
-        return torch.distributions.biject_to(support)(like.new_zeros(())).to(like)
+        inside = torch.distributions.biject_to(fn.support)
+        return inside(like.new_zeros(inside.inverse_shape(fn.event_shape))).to(like)
     except NotImplementedError:  # discrete
-        return torch.as_tensor(getattr(support, "lower_bound", 0)).to(like)
+        if not fn.event_shape:
+            return torch.as_tensor(getattr(fn.support, "lower_bound", 0)).to(like)
+        first = (
+            torch.arange(fn.event_shape[-1], device=like.device) == 0
+        )  # all counts, or the one, in the first place
+        return (first * torch.as_tensor(getattr(fn, "total_count", 1)).unsqueeze(-1)).to(like)
 
 
 class ScaleRows(Messenger):

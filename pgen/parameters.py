@@ -19,6 +19,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
+from pgen.calling import held_by, is_handler
 from pgen.errors import CheckpointError
 from pgen.handlers import StandIn
 from pgen.problem import Problem
@@ -215,12 +216,9 @@ def _modules_in(name: str, value: object, seen: set[int]) -> Iterator[tuple[str,
         children: Sequence[tuple[str, object]] = []
     elif isinstance(value, types.MethodType):
         children = [("", value.__self__), ("", value.__func__)]
-    elif isinstance(value, functools.partial):
-        children = [
-            ("", value.func),
-            *((str(i), a) for i, a in enumerate(value.args)),
-            *value.keywords.items(),
-        ]
+    elif isinstance(value, functools.partial) or is_handler(value):
+        held, args, kwargs = held_by(value)
+        children = [("", held), *((str(i), a) for i, a in enumerate(args)), *kwargs.items()]
     elif isinstance(value, types.FunctionType):
         if not _is_users(value.__module__):
             return

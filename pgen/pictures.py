@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 _CHAINS = 8  # chains drawn one by one; of more, so many, evenly over all
 _PANELS = 12  # scalars in one picture, at most
+_POINTS = 4000  # in one panel: more lie on top of each other
+_STEPS = 1000  # of one chain in one panel: there are no more pixels
 
 
 def image_grid(
@@ -192,7 +194,8 @@ def traces(draws: Draws, path: str | Path, names: Sequence[str] | None = None) -
     """Draw each scalar's chains over their draws, and beside it how the ranks of every chain are distributed.
 
     Chains that agree have ranks that are uniform up to chance (Vehtari et al. 2021); the grey band holds each bar
-    with probability 99 %, if draws were independent.
+    with probability 99 %, if draws were independent. Of long chains every so many-th draw is shown, 1,000 to 2,000
+    of each of at most 8 chains; ranks are those of all draws.
 
     Args:
         draws: from Markov chains.
@@ -211,13 +214,13 @@ def traces(draws: Draws, path: str | Path, names: Sequence[str] | None = None) -
     panels = figure.subplots(len(scalars), 2, squeeze=False, width_ratios=(2, 1))
     for (left, right), (name, x) in zip(panels, scalars.items(), strict=True):
         chains, count = x.shape
-        bins = max(2, min(20, count // 10))
+        bins, every = max(2, min(20, count // 10)), max(1, count // _STEPS)
         ranks = x.flatten().argsort().argsort().reshape(x.shape) * bins // x.numel()
         expected = count / bins
         reach = 2.58 * math.sqrt(expected * (1 - 1 / bins))
         right.axhspan(expected - reach, expected + reach, color="0.9", linewidth=0)
         for c in range(0, chains, math.ceil(chains / _CHAINS)):
-            left.plot(x[c], linewidth=0.5, alpha=0.8)
+            left.plot(range(0, count, every), x[c, ::every], linewidth=0.5, alpha=0.8)
             right.stairs(torch.bincount(ranks[c], minlength=bins), linewidth=1.0)
         left.set_ylabel(name, fontsize=8)
         right.set(yticks=[], ylim=(0, None))
@@ -231,6 +234,8 @@ def traces(draws: Draws, path: str | Path, names: Sequence[str] | None = None) -
 
 def pairs(draws: Draws, path: str | Path, names: Sequence[str] | None = None) -> Path:
     """Draw scalars against each other, divergent draws in red on top: where those gather, the chains do not go.
+
+    Of many draws every so many-th is shown, 4,000 to 8,000 in all, and every divergent one; histograms are of all.
 
     Args:
         draws: from any posterior; `stats["diverging"]` marks the divergent ones, if there is such.
@@ -248,6 +253,8 @@ def pairs(draws: Draws, path: str | Path, names: Sequence[str] | None = None) ->
     flags = draws.by_chain(draws.stats).get("diverging")
     bad = torch.zeros(next(iter(scalars.values())).shape, dtype=torch.bool)
     bad = bad if flags is None else flags.flatten().bool().cpu()
+    shown = ~bad
+    shown &= torch.arange(len(bad)) % max(1, len(bad) // _POINTS) == 0
     figure = _empty_figure(width=1.8 * len(scalars) + 0.6, height=1.8 * len(scalars) + 0.4)
     panels = figure.subplots(len(scalars), len(scalars), squeeze=False, sharex="col")
     for i, (below, y) in enumerate(scalars.items()):
@@ -260,7 +267,7 @@ def pairs(draws: Draws, path: str | Path, names: Sequence[str] | None = None) ->
                 axes.hist(x.numpy(), bins=40, histtype="step", linewidth=1.0)
                 axes.set_yticks([])
             else:
-                axes.scatter(x[~bad], y[~bad], s=2.0, linewidths=0, alpha=0.3)
+                axes.scatter(x[shown], y[shown], s=2.0, linewidths=0, alpha=0.3)
                 axes.scatter(x[bad], y[bad], s=6.0, linewidths=0, color="red")
             if i == len(scalars) - 1:
                 axes.set_xlabel(beside, fontsize=8)

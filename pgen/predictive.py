@@ -9,6 +9,7 @@ draw or use laws that `vmap` cannot sample.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,8 +27,6 @@ from pgen.structure import Structure
 
 _AT_ONCE = 1 << 22  # numbers in the data and draws that are run together
 
-_Read = Callable[[Any], Tensor]  # from a node of a trace to what is asked for
-
 
 def predictive(problem: Problem, structure: Structure, draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """New draws of every observed site, all its rows, one for each draw of the latents: `[n, *site shape]`.
@@ -44,14 +43,10 @@ def predictive(problem: Problem, structure: Structure, draws: Mapping[str, Tenso
         DataError: there are no draws, or they do not have the shape of the site.
     """
     given = _checked(problem, structure, draws)
-    return _through(
-        problem.forward(),
-        problem,
-        structure,
-        given,
-        lambda node: node["value"],
-        lambda s: len(structure.sites[s].event_shape),
+    ask = _Ask(
+        problem.forward(), structure, lambda n: n["value"], lambda s: len(structure.sites[s].event_shape)
     )
+    return _through(ask, problem, given)
 
 
 def log_likelihood(problem: Problem, structure: Structure, draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -74,7 +69,7 @@ def log_likelihood(problem: Problem, structure: Structure, draws: Mapping[str, T
             "probability of the data given all of them"
         )
     given = _checked(problem, structure, draws)
-    return _through(problem, problem, structure, given, _log_prob, lambda s: 0)
+    return _through(_Ask(problem, structure, _log_prob, lambda s: 0), problem, given)
 
 
 def _log_prob(node: Any) -> Tensor:
@@ -104,63 +99,57 @@ def _checked(problem: Problem, structure: Structure, draws: Mapping[str, Tensor]
     return given
 
 
-def _through(
-    program: Problem,
-    problem: Problem,
-    structure: Structure,
-    given: Mapping[str, Tensor],
-    read: _Read,
-    events: Callable[[str], int],
-) -> dict[str, Tensor]:
-    """What `read` finds at every observed site, for all draws, some at a time."""
+@dataclass(frozen=True)
+class _Ask:
+    """What is asked of a run for each draw.
+
+    Attributes:
+        program: what is run.
+        structure: its structure.
+        read: from the node of an observed site to what is asked for.
+        events: how many event dimensions that has at a site.
+    """
+
+    program: Problem
+    structure: Structure
+    read: Callable[[Any], Tensor]
+    events: Callable[[str], int]
+
+    def side_by_side(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """All draws under one outer plate."""
+        structure, count = self.structure, len(next(iter(given.values())))
+        laid = {s: spread(v, structure, s) for s, v in given.items()}
+        trace = poutine.trace(Substitute(laid)(particles(self.program, structure, count))).get_trace()
+        out = {}
+        for s in structure.observed:
+            value = split(self.read(trace.nodes[s]), structure, s, self.events(s))
+            out[s] = value.expand((count, *value.shape[1:]))
+        return out
+
+    def mapped(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Each draw by itself: through `vmap`, or one after another."""
+        try:
+            return torch.vmap(self.once, randomness="different")(dict(given))
+        except Exception:  # it branches on a value, or samples in a way that vmap does not know
+            count = len(next(iter(given.values())))
+            runs = [self.once({s: v[i] for s, v in given.items()}) for i in range(count)]
+            return {s: torch.stack([r[s] for r in runs]) for s in self.structure.observed}
+
+    def once(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """One draw."""
+        trace = poutine.trace(_Sampled()(Substitute(values)(self.program))).get_trace()
+        return {s: self.read(trace.nodes[s]) for s in self.structure.observed}
+
+
+def _through(ask: _Ask, problem: Problem, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The answers at every observed site for all draws, some at a time."""
     count = len(next(iter(given.values())))
     data = sum(v.numel() for v in (*problem.inputs.values(), *problem.observations.values()))
-    each = max(1, data + sum(v[0].numel() for v in given.values()))
+    each = max(1, _AT_ONCE // max(1, data + sum(v[0].numel() for v in given.values())))
     with torch.no_grad(), validating(False):
-        run = _side_by_side if vectorizes(problem, structure) else _mapped
-        parts = []
-        for start in range(0, count, max(1, _AT_ONCE // each)):
-            some = {s: v[start : start + max(1, _AT_ONCE // each)] for s, v in given.items()}
-            parts.append(run(program, structure, some, read, events))
+        run = ask.side_by_side if vectorizes(problem, ask.structure) else ask.mapped
+        parts = [run({s: v[i : i + each] for s, v in given.items()}) for i in range(0, count, each)]
     return {s: torch.cat([p[s] for p in parts]) for s in parts[0]}
-
-
-def _side_by_side(
-    program: Problem,
-    structure: Structure,
-    given: Mapping[str, Tensor],
-    read: _Read,
-    events: Callable[[str], int],
-) -> dict[str, Tensor]:
-    count = len(next(iter(given.values())))
-    laid = {s: spread(v, structure, s) for s, v in given.items()}
-    trace = poutine.trace(Substitute(laid)(particles(program, structure, count))).get_trace()
-    out = {}
-    for s in structure.observed:
-        value = split(read(trace.nodes[s]), structure, s, events(s))
-        out[s] = value.expand((count, *value.shape[1:]))
-    return out
-
-
-def _mapped(
-    program: Problem,
-    structure: Structure,
-    given: Mapping[str, Tensor],
-    read: _Read,
-    events: Callable[[str], int],
-) -> dict[str, Tensor]:
-    def once(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        trace = poutine.trace(_Sampled()(Substitute(values)(program))).get_trace()
-        return {s: read(trace.nodes[s]) for s in structure.observed}
-
-    try:
-        return torch.vmap(once, randomness="different")(dict(given))
-    except (
-        Exception
-    ):  # it branches on a value, or samples in a way that vmap does not know: one after another
-        count = len(next(iter(given.values())))
-        runs = [once({s: v[i] for s, v in given.items()}) for i in range(count)]
-        return {s: torch.stack([r[s] for r in runs]) for s in structure.observed}
 
 
 class _Sampled(Messenger):

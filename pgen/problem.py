@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from pyro import poutine
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
 
-from pgen.errors import DataError
+from pgen.calling import is_required, name_of, parameters_of
+from pgen.errors import DataError, ProgramError
 from pgen.handlers import Adapt, Observe, StandIn
+from pgen.tensors import ONLY_OBSERVED, as_tensor, holed, is_numbers, not_finite, shared_rows
 
 Data = Any  # a mapping, a tensor, a tuple of tensors, a torch Dataset or DataLoader of those, or None
 
@@ -29,10 +30,10 @@ class Problem:
 
     Attributes:
         program: any Pyro callable.
-        inputs: data passed to the program as arguments, by name.
+        inputs: data passed to the program as arguments, by name. NaN in what the program observes untouched means missing.
         observations: data observed at sites, by site name. NaN means missing.
-        args: positional arguments passed unchanged, never batched.
-        kwargs: keyword arguments passed unchanged, never batched.
+        args: positional arguments, never batched; but for device and precision passed unchanged.
+        kwargs: keyword arguments, likewise.
         rows: the number of rows N, or None where no tensor has a leading dimension or the program cannot take fewer.
         size: what the program is told, if it asks for the number of examples.
         total: rows of the problem that these rows were taken from (equal to `rows` unless `take` was used).
@@ -50,6 +51,7 @@ class Problem:
     unobserved: bool = False
     positional: tuple[str, ...] = ()  # the inputs passed by position, in order
     missing: frozenset[str] = frozenset()  # the observations that hold NaN
+    holed: frozenset[str] = frozenset()  # the inputs that do
     size_name: str | None = None  # the argument that takes the number of rows
     adapters: Mapping[str, Callable[[Any], Any]] = field(
         default_factory=dict
@@ -68,9 +70,14 @@ class Problem:
         """Bind data and arguments to a program.
 
         Raises:
-            DataError: empty data, values that are not finite in an argument, leading dimensions that disagree, or a
-                key that cannot be used.
+            DataError: empty data, infinite values, leading dimensions that disagree, or a key that cannot be used.
+            ProgramError: the program is nothing that can be called.
         """
+        if not callable(program) or isinstance(program, type):
+            found = f"the class {program.__name__}" if isinstance(program, type) else type(program).__name__
+            raise ProgramError(
+                f"program is {found}; expected a function with pyro.sample statements, or a module (an instance of its class)"
+            )
         bare = Problem(program, args=tuple(args), kwargs=dict(kwargs or {}))
         return bare.with_data(data)
 
@@ -111,59 +118,58 @@ class Problem:
                 loader.collate_fn if loader is not None and loader.collate_fn is not None else default_collate
             )
             rows = _Rows(dataset, collate)
-            first = self._with_tensors(rows.read(torch.tensor([0])))
+            first = self._with_tensors(rows.read(torch.tensor([0])), by_row=True)
             found = replace(first, source=rows, rows=len(dataset), size=len(dataset), total=len(dataset))
         return replace(found, suggested_batch=None if loader is None else loader.batch_size)
 
-    def _with_tensors(self, data: Data) -> Problem:
-        names, takes_any = _parameters_of(self.program)
+    def holding(self, observations: Mapping[str, Tensor]) -> Problem:
+        """The same problem, holding these values with NaN too, by site; those that it observes already stay."""
+        more = {k: v for k, v in observations.items() if k not in self.observations}
+        return self._but(observations={**self.observations, **more}, missing=self.missing.union(more))
+
+    def _with_tensors(self, data: Data, by_row: bool = False) -> Problem:
+        names, takes_any = parameters_of(self.program)
         positional: tuple[str, ...] = ()
         if data is None:
             named: dict[str, Any] = {}
         elif isinstance(data, Mapping):
             named = {str(k): v for k, v in data.items()}
         else:
-            values = tuple(data) if isinstance(data, (tuple, list)) and not _is_numbers(data) else (data,)
+            values = tuple(data) if isinstance(data, (tuple, list)) and not is_numbers(data) else (data,)
             order = [n for n in names if n not in self.kwargs]
             if len(values) > len(order) and not takes_any:
                 raise DataError(
-                    f"got {len(values)} positional data tensors, but {_name(self.program)} takes {len(order)} arguments "
+                    f"got {len(values)} positional data tensors, but {name_of(self.program)} takes {len(order)} arguments "
                     f"({', '.join(order) or 'none'}); to observe a site, give a mapping: {{'site': tensor}}"
                 )
             if order[:1] == ["n"]:
+                as_tensor("data", values[0])
                 raise DataError(
-                    f"{_name(self.program)}(n) takes the number of examples, and the data is a bare tensor; "
+                    f"{name_of(self.program)}(n) takes the number of examples, and the data is a bare tensor; "
                     "say which site it is observed at: {'site': tensor}"
                 )
             positional = tuple(order[i] if i < len(order) else f"argument {i}" for i in range(len(values)))
             named = dict(zip(positional, values, strict=True))
-        tensors = {key: _as_tensor(key, value) for key, value in named.items()}
+        tensors = {key: as_tensor(key, value) for key, value in named.items()}
         accepts = set(positional) | set(names)
         inputs = {k: v for k, v in tensors.items() if k in accepts}
         observations = {k: v for k, v in tensors.items() if k not in accepts}
         for key, value in inputs.items():
-            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-                raise DataError(
-                    _not_finite(
-                        key,
-                        value,
-                        "argument",
-                        "missing values are allowed only at an observed site: {'site': tensor}",
-                    )
-                )
+            if value.is_floating_point() and bool(value.isinf().any() | (by_row & value.isnan().any())):
+                raise DataError(not_finite(key, value, "argument", ONLY_OBSERVED))
         for key, value in observations.items():
-            if value.is_floating_point() and bool(torch.isinf(value).any()):
+            if value.is_floating_point() and bool(value.isinf().any()):
                 raise DataError(
-                    _not_finite(key, value, "site", "only NaN is allowed there, and means missing")
+                    not_finite(key, value, "site", "only NaN is allowed there, and means missing")
                 )
-        rows = _shared_rows(tensors)
+        rows = shared_rows(tensors)
         free = [
             n for n in names[len(self.args) + len(positional) :] if n not in self.kwargs and n not in inputs
         ]
-        required = [n for n in free if _is_required(self.program, n)]
+        required = [n for n in free if is_required(self.program, n)]
         if len(required) > 1:
             raise DataError(
-                f"{_name(self.program)} still needs {', '.join(map(repr, required))}; give them in the data (batched by rows), in args=(...) "
+                f"{name_of(self.program)} still needs {', '.join(map(repr, required))}; give them in the data (batched by rows), in args=(...) "
                 "or kwargs={...} (passed unchanged); a single open argument is given the number of rows"
             )
         size = next((n for n in free if n in required or n == "n"), None)
@@ -177,16 +183,15 @@ class Problem:
             size=rows,
             total=rows,
             positional=positional,
-            missing=frozenset(
-                k for k, v in observations.items() if v.is_floating_point() and bool(torch.isnan(v).any())
-            ),
+            missing=holed(observations),
+            holed=holed(inputs),
             size_name=size,
         )
 
     def take(self, index: Tensor) -> Problem:
         """The same program on some of the rows."""
         if self.source is not None:
-            taken = self._with_tensors(self.source.read(index))
+            taken = self._with_tensors(self.source.read(index), by_row=True)
             return replace(taken, total=self.total, source=None, unobserved=self.unobserved)
         if self.rows is None:
             return self
@@ -219,13 +224,14 @@ class Problem:
         return replace(some, observations={}, missing=frozenset(), unobserved=True)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Problem:
-        """The data moved to a device, its floating-point tensors cast to a dtype."""
+        """The data, and tensors among the arguments, moved to a device; those of floating-point numbers cast to a dtype."""
         inputs = {k: _moved(v, device, dtype) for k, v in self.inputs.items()}
         seen = {k: _moved(v, device, dtype) for k, v in self.observations.items()}
         source = self.source
         if source is not None:
             source = replace(source, device=device or source.device, dtype=dtype or source.dtype)
-        return replace(self, inputs=inputs, observations=seen, source=source)
+        args, kwargs = tree_map(partial(_moved, device=device, dtype=dtype), (self.args, dict(self.kwargs)))
+        return replace(self, inputs=inputs, observations=seen, args=args, kwargs=kwargs, source=source)
 
     @property
     def device(self) -> torch.device:
@@ -243,7 +249,7 @@ class Problem:
         """The positional and keyword arguments that the program is called with."""
         named: dict[str, Any] = {k: v for k, v in self.inputs.items() if k not in self.positional}
         if self.size_name is not None and (
-            self.size is not None or _is_required(self.program, self.size_name)
+            self.size is not None or is_required(self.program, self.size_name)
         ):
             named[self.size_name] = self.size if self.size is not None else 1
         return (*(self.inputs[k] for k in self.positional), *self.args), {**self.kwargs, **named}
@@ -275,91 +281,10 @@ class _Rows:
         rows = self.collate([self.dataset[i] for i in index.tolist()])
         if self.device is None and self.dtype is None:
             return rows
-
-        def move(value: Any) -> Any:
-            return _moved(value, self.device, self.dtype) if isinstance(value, Tensor) else value
-
-        return tree_map(move, rows)
+        return tree_map(partial(_moved, device=self.device, dtype=self.dtype), rows)
 
 
-def _moved(value: Tensor, device: torch.device | str | None, dtype: torch.dtype | None) -> Tensor:
+def _moved(value: Any, device: torch.device | str | None, dtype: torch.dtype | None) -> Any:
+    if not isinstance(value, Tensor):
+        return value
     return value.to(device=device, dtype=dtype if value.is_floating_point() else None)
-
-
-def _signature(program: Callable[..., Any]) -> inspect.Signature | None:
-    try:
-        return inspect.signature(program.forward if isinstance(program, nn.Module) else program)
-    except (TypeError, ValueError):
-        return None
-
-
-def _parameters_of(program: Callable[..., Any]) -> tuple[list[str], bool]:
-    """Names of the arguments that data can fill, and whether any further positional ones are taken."""
-    signature = _signature(program)
-    if signature is None:
-        return [], True
-    kinds = inspect.Parameter
-    names = [
-        p.name
-        for p in signature.parameters.values()
-        if p.kind in (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY, kinds.POSITIONAL_ONLY)
-    ]
-    return names, any(p.kind is kinds.VAR_POSITIONAL for p in signature.parameters.values())
-
-
-def _is_required(program: Callable[..., Any], name: str) -> bool:
-    signature = _signature(program)
-    return signature is not None and signature.parameters[name].default is inspect.Parameter.empty
-
-
-def _name(program: Callable[..., Any]) -> str:
-    return getattr(program, "__name__", type(program).__name__)
-
-
-def _is_numbers(data: Any) -> bool:
-    return isinstance(data, list) and all(isinstance(v, (int, float, bool)) for v in data)
-
-
-def _as_tensor(key: str, value: Any) -> Tensor:
-    if isinstance(value, Tensor):
-        tensor = value
-    elif isinstance(value, (np.ndarray, np.generic, int, float, bool, list, tuple)):
-        try:
-            tensor = torch.as_tensor(value)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise DataError(
-                f"data {key!r}: {type(value).__name__} does not make a tensor ({error}); give numbers of one shape"
-            ) from error
-        if tensor.dtype is torch.float64 and not isinstance(value, (np.ndarray, np.generic)):
-            tensor = tensor.to(torch.get_default_dtype())
-    else:
-        raise DataError(
-            f"data {key!r} is {type(value).__name__}; expected a tensor, an array or numbers. What is not batched by rows "
-            "goes into args=(...) or kwargs={...}"
-        )
-    if tensor.is_complex():
-        raise DataError(
-            f"data {key!r} is complex; expected real or whole numbers: give its parts, as torch.view_as_real does"
-        )
-    if tensor.numel() == 0:
-        raise DataError(f"data {key!r} is empty (shape {tuple(tensor.shape)}); give at least one row")
-    return tensor
-
-
-def _not_finite(key: str, value: Tensor, role: str, hint: str) -> str:
-    bad = (~torch.isfinite(value)).nonzero()
-    return (
-        f"data {key!r} (passed as {role}) has {len(bad)} of {value.numel()} values that are not finite, "
-        f"the first at index {tuple(bad[0].tolist())}; {hint}"
-    )
-
-
-def _shared_rows(tensors: Mapping[str, Tensor]) -> int | None:
-    sizes = {k: v.shape[0] for k, v in tensors.items() if v.ndim}
-    if len(set(sizes.values())) > 1:
-        shapes = ", ".join(f"{k!r} {tuple(tensors[k].shape)}" for k in sizes)
-        raise DataError(
-            f"data tensors disagree on the number of rows: {shapes}; they must share the leading dimension. What is not "
-            "batched by rows goes into args=(...) or kwargs={...}"
-        )
-    return next(iter(sizes.values()), None)

@@ -63,7 +63,12 @@ class Answers(Protocol):
 
 @runtime_checkable
 class Backend(Protocol):
-    """An inference method: hyperparameters as fields, and these two methods."""
+    """An inference method: hyperparameters as fields, and these two methods.
+
+    One that divides its work among the devices of `run.places` says so by a class attribute, `several_devices = True`;
+    a run on several devices is refused for all others. One that has no use for some options of a run may have a method
+    `unused(run)`, from these options, as far as they are set, to what there is in their place: users are warned.
+    """
 
     name: ClassVar[str]
 

@@ -9,7 +9,7 @@ Where a value leaves torch (`.item()`, a branch, `.numpy()`), nobody can follow:
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
-Marks = dict[str, "bool | Tensor"]  # label -> True (every element) or a mask shaped like the tensor
+from pgen.propagation import Marks, argument, is_pointwise, passed_on, pointwise, put, union
 
 
 @dataclass(frozen=True)
@@ -178,28 +178,6 @@ _OVERWRITES = {
     "cauchy_",
     "log_normal_",
 }
-_MOVES: dict[
-    str, tuple[int, ...]
-] = {  # operations that only move data, and the positions of the arguments that they move
-    **dict.fromkeys(
-        (
-            "cat",
-            "stack",
-            "clone",
-            "index",
-            "index_select",
-            "gather",
-            "repeat",
-            "flip",
-            "roll",
-            "masked_select",
-        ),
-        (0,),
-    ),
-    **dict.fromkeys(("constant_pad_nd", "_unsafe_view", "_reshape_copy", "take", "tril", "triu"), (0,)),
-    **dict.fromkeys(("select_scatter", "slice_scatter"), (0, 1)),
-    "index_put": (0, 2),
-}
 
 
 class _Operations(TorchDispatchMode):
@@ -230,7 +208,7 @@ class _Operations(TorchDispatchMode):
             a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write
         ]
         targets = [
-            t for n in written for t in tree_leaves(_argument(func, args, kwargs, n)) if isinstance(t, Tensor)
+            t for n in written for t in tree_leaves(argument(func, args, kwargs, n)) if isinstance(t, Tensor)
         ]
         out = func(*args, **kwargs)
         if targets:
@@ -238,50 +216,24 @@ class _Operations(TorchDispatchMode):
             inplace = name.endswith("_") and not any(a.is_out for a in func._schema.arguments)
             for target in targets:
                 if inplace and name == "index_put_":
-                    self._index_put(target, args, before)
+                    p.write(target, put(args, before))
+                    indices = [i for i in args[1] if isinstance(i, Tensor)]
+                    p.write(target, union(indices, before), keep=True)
                 elif inplace and name not in _OVERWRITES:
-                    p.write(
-                        target,
-                        _pointwise(sources, before, target)
-                        if _is_pointwise(func)
-                        else _union(sources, before),
-                        keep=True,
-                    )
+                    pointed = pointwise(sources, before, target) if is_pointwise(func) else None
+                    p.write(target, union(sources, before) if pointed is None else pointed, keep=True)
+                elif is_pointwise(func) or name == "copy_":
+                    p.write(target, pointwise(sources, before, target))
                 else:
-                    marks = (
-                        _pointwise(sources, before, target)
-                        if _is_pointwise(func) or name == "copy_"
-                        else _union(sources, before)
-                    )
-                    p.write(target, marks)
+                    p.write(target, union(sources, before))
             return out
         if not marked:
             return out
         addresses = {_address(t) for t in inputs}
         for result in tree_leaves(out):
             if isinstance(result, Tensor) and _address(result) not in addresses:
-                if name in _MOVES:
-                    p.write(result, _moved(func, args, kwargs, before, name))
-                elif _is_pointwise(func) or name in ("_to_copy", "clone"):
-                    p.write(result, _pointwise(inputs, before, result))
-                else:
-                    p.write(result, _union(inputs, before))
+                p.write(result, passed_on(func, args, kwargs, before, result))
         return out
-
-    def _index_put(self, target: Tensor, args: Any, before: Mapping[int, Marks]) -> None:
-        """`target[indices] = values`: only the elements that are written to change their marks."""
-        indices, values = args[1], args[2]
-        old, new = before[id(target)], before[id(values)]
-        marks: Marks = {}
-        for label in {*old, *new}:
-            mask = _mask(old.get(label, False), target)
-            was = mask.clone()
-            mask.index_put_(tuple(indices), _mask(new.get(label, False), values))
-            marks[label] = mask | was if len(args) > 3 and args[3] else mask
-        self.provenance.write(target, marks)
-        self.provenance.write(
-            target, _union([i for i in indices if isinstance(i, Tensor)], before), keep=True
-        )
 
 
 class _Functions(TorchFunctionMode):
@@ -337,61 +289,6 @@ def _address(tensor: Tensor) -> int:
         return tensor.untyped_storage().data_ptr() or tensor.untyped_storage()._cdata
     except (NotImplementedError, RuntimeError):
         return 0
-
-
-def _argument(func: Any, args: Any, kwargs: Any, name: str) -> Any:
-    if name in kwargs:
-        return kwargs[name]
-    position = next(i for i, a in enumerate(func._schema.arguments) if a.name == name)
-    return args[position] if position < len(args) else None
-
-
-def _is_pointwise(func: Any) -> bool:
-    return torch.Tag.pointwise in func.tags
-
-
-def _union(tensors: Iterable[Tensor], before: Mapping[int, Marks]) -> Marks:
-    return {label: True for t in tensors for label in before.get(id(t), {})}
-
-
-def _pointwise(tensors: Iterable[Tensor], before: Mapping[int, Marks], like: Tensor) -> Marks:
-    """Element by element: an element of the result has the labels of the elements it was made from."""
-    found: Marks = {}
-    for t in tensors:
-        for label, mask in before.get(id(t), {}).items():
-            old = found.get(label, False)
-            if mask is True or old is True:
-                found[label] = True
-            else:
-                found[label] = torch.as_tensor(old, device=like.device) | torch.as_tensor(
-                    mask, device=like.device
-                )
-    return {k: m if m is True else torch.as_tensor(m).expand(like.shape) for k, m in found.items()}
-
-
-def _mask(mark: bool | Tensor, like: Tensor) -> Tensor:
-    """A mark as a mask of its own."""
-    return mark.clone() if isinstance(mark, Tensor) else torch.full(like.shape, mark, device=like.device)
-
-
-def _moved(func: Any, args: Any, kwargs: Any, before: Mapping[int, Marks], name: str) -> Marks:
-    """The operation only moves data: do the same to the masks. Indices add their labels to everything."""
-    data = [t for i in _MOVES[name] for t in tree_leaves(args[i]) if isinstance(t, Tensor)]
-    rest = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and all(t is not d for d in data)]
-    found = _union(rest, before)
-    for label in {k for t in data for k in before[id(t)]} - set(found):
-
-        def mask_of(leaf: Any, label: str = label) -> Any:
-            if not isinstance(leaf, Tensor):
-                return leaf
-            return _mask(before[id(leaf)].get(label, False), leaf)
-
-        masks = [tree_map(mask_of, a) if i in _MOVES[name] else a for i, a in enumerate(args)]
-        try:
-            found[label] = func(*masks, **kwargs)
-        except (RuntimeError, TypeError):
-            found[label] = True
-    return found
 
 
 _LIBRARIES = ("torch", "pyro", "pgen", "zuko", "contextlib", "functools", "importlib")

@@ -16,15 +16,16 @@ from torch import Tensor
 
 from pgen.errors import OptionError
 from pgen.history import History
+from pgen.holes import observed_by_name
 from pgen.observers import Audience, Observer, ProgressBar
 from pgen.problem import Data, Problem
 from pgen.training.batches import Batches, split
 from pgen.training.checkpoints import Checkpoints
-from pgen.training.inductor import COMPILERS
+from pgen.training.compilers import COMPILERS
 from pgen.training.learner import Learner
 from pgen.training.loop import Training
 from pgen.training.optimizers import Average, Factory, Rate, Schedule, make_optimizer
-from pgen.training.options import DETERMINING, EXPECTED, as_json, shown
+from pgen.training.options import DETERMINING, EXPECTED, as_json, devices_of, shown
 from pgen.training.players import Player, Step, move, require_trainable
 from pgen.training.replays import Replays
 
@@ -66,12 +67,15 @@ class Run:
         progress: whether to draw a progress bar. None: if standard error is a terminal.
         observers: what else follows the run; see `pgen.observers`.
         seed: with the other options, determines every number.
-        devices: reserved; 1.
+        devices: several to compute on at the same time, for backends that can (`mcmc`: a group of chains on each): a
+            number of CUDA devices, "auto" for all that there are, or a tuple of names, for example
+            ("cuda:0", "cuda:1"), in which one may occur twice. The first of them is `device`.
         nodes: reserved; 1.
         strategy: reserved; None.
         compile: "auto": a loss and its gradient are recorded at the second step and then replayed, which gives the
             same numbers faster; a program that cannot be recorded is run as written, and the history says why.
-            "inductor": recordings are compiled by torch's compiler, for some seconds, before they are used.
+            "inductor": on the CPU, recordings are compiled by torch's compiler before they are used, which takes some
+            twenty seconds where it was not done before.
             "background": likewise, but training goes on by replays in the meantime, so that the last digits
             depend on the clock. False: always as written. None: "auto".
 
@@ -107,7 +111,7 @@ class Run:
     progress: bool | None = None
     observers: tuple[Observer, ...] = ()
     seed: int = 0
-    devices: int = 1
+    devices: int | str | Sequence[str | torch.device] = 1
     nodes: int = 1
     strategy: str | None = None
     compile: Literal["auto", "inductor", "background", False] | None = None
@@ -131,6 +135,15 @@ class Run:
                 "Run(weight_decay=...): expected None beside an optimizer of your own, which sets it itself"
             )
         object.__setattr__(self, "observers", tuple(self.observers))
+        places = devices_of(self.devices)
+        if places:
+            if self.device is not None and torch.device(self.device) != torch.device(places[0]):
+                raise OptionError(
+                    f"Run(device={str(self.device)!r}, devices={shown(self.devices)}): expected devices alone, whose first "
+                    f"one is {places[0]!r}"
+                )
+            object.__setattr__(self, "device", places[0])
+        object.__setattr__(self, "devices", places if len(places) > 1 else 1)
 
     @staticmethod
     def of(options: Mapping[str, Any]) -> Run:
@@ -147,10 +160,18 @@ class Run:
                 raise OptionError(f"Run has no option {name!r}; {hint}")
         return Run(**options)
 
+    @property
+    def given(self) -> tuple[str, ...]:
+        """The names of the options that differ from the defaults.
+
+        >>> Run(steps=10, lr=0.1).given
+        ('steps', 'lr')
+        """
+        return tuple(f.name for f in fields(self) if getattr(self, f.name) is not f.default)
+
     def __repr__(self) -> str:
         """The call that makes it: only what differs from the defaults."""
-        given = ((f.name, getattr(self, f.name), f.default) for f in fields(self))
-        return f"Run({', '.join(f'{k}={shown(v)}' for k, v, default in given if v is not default)})"
+        return f"Run({', '.join(f'{name}={shown(getattr(self, name))}' for name in self.given)})"
 
     def described(self) -> dict[str, Any]:
         """The options as JSON values: what is not a number or a string is named, not stored."""
@@ -223,6 +244,15 @@ class Run:
         with _default_dtype(dtype):
             return training.run(self)
 
+    @property
+    def places(self) -> tuple[torch.device, ...]:
+        """The devices to compute on at the same time; none where it is one, which is `device` or that of the data.
+
+        >>> Run(devices=("cpu", "cpu")).places, Run().places
+        ((device(type='cpu'), device(type='cpu')), ())
+        """
+        return tuple(map(torch.device, devices_of(self.devices)))
+
     def watchers(self) -> tuple[Observer, ...]:
         """All that follows the run: its observers and, where it is to be drawn, a progress bar."""
         return (*self.observers, ProgressBar()) if self._shows_progress() else self.observers
@@ -280,7 +310,9 @@ class Run:
         if given is None:
             return every, None
         if not isinstance(given, float):
-            return every, replace(every, problem=every.problem.with_data(given), total=count)
+            return every, replace(
+                every, problem=observed_by_name(every.problem.with_data(given)), total=count
+            )
         if count is None or count < 2:
             found = "no rows" if count is None else "one row"
             raise OptionError(

@@ -9,6 +9,7 @@ from typing import Any
 import networkx as nx
 import torch
 
+import pgen.supports  # noqa: F401 - registers the bijections of supports that sites may have
 from pgen.capability import Capability, Measure
 from pgen.conversion import Conversions
 from pgen.provenance import Leak
@@ -16,12 +17,18 @@ from pgen.provenance import Leak
 
 @dataclass(frozen=True)
 class Plate:
-    """A plate: conditional independence over `size` copies, along batch dimension `dim`."""
+    """A plate: conditional independence over `size` copies, along batch dimension `dim`.
+
+    Attributes:
+        subsampled: these are some of more copies, for which they stand.
+        chosen: the program says which they are (`subsample=index`), the same ones in every run.
+    """
 
     name: str
     size: int
     dim: int
     subsampled: bool = False
+    chosen: bool = False
 
 
 @dataclass(frozen=True)
@@ -104,6 +111,11 @@ class Structure:
     def factors(self) -> tuple[str, ...]:
         """`pyro.factor` statements, in program order."""
         return tuple(s.name for s in self.sites.values() if s.factor)
+
+    @property
+    def weighted(self) -> bool:
+        """Whether its density is that of no law: it has factors, or a plate whose copies stand for more."""
+        return bool(self.factors) or any(p.chosen for p in self.plates.values())
 
     @property
     def data_plate(self) -> str | None:

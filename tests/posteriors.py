@@ -2,7 +2,7 @@
 
 Five come from posteriordb (Magnusson et al., 2023), whose data and reference draws are read from the folder
 `posteriordb` of the one that the environment variable PGEN_SHARED_DATA names, or of `../shared/data`
-beside the checkout. The rest are in `tests.stand_ins`, on generated data, with references in `tests/data/posteriors`.
+beside the checkout. The rest are in `tests.stand_ins` and `tests.further_stand_ins`, on generated data, with references in `tests/data/posteriors`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from arviz_stats.base import array_stats
 from pyro.distributions import constraints
 
-from tests import posterior_data, stand_ins
+from tests import further_data, further_stand_ins, posterior_data, stand_ins
 
 HERE = Path(__file__).resolve().parent
 SHARED = Path(os.environ.get("PGEN_SHARED_DATA", HERE.parents[1] / "shared" / "data")) / "posteriordb"
@@ -91,7 +91,7 @@ _DATABASE: dict[str, tuple[Callable[..., None], str, tuple[str, ...]]] = {
     "garch11": (garch11, "garch-garch11", ("T", "y", "sigma1")),
 }
 DATABASE = tuple(_DATABASE)
-STAND_INS = posterior_data.NAMES
+STAND_INS = posterior_data.NAMES + further_data.NAMES
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,10 @@ def posterior(name: str) -> Posterior:
     if name in STAND_INS:
         found = json.loads((STORED / f"{name}.json").read_text())["parameters"]
         references = {k: Reference.of(v, v["kurtosis"]) for k, v in found.items()}
-        return Posterior(name, stand_ins.program(name), arguments_of(posterior_data.data(name)), references)
+        programs, data = (
+            (further_stand_ins, further_data) if name in further_data.NAMES else (stand_ins, posterior_data)
+        )
+        return Posterior(name, programs.program(name), arguments_of(data.data(name)), references)
     program, stem, wanted = _DATABASE[name]
     path = SHARED / f"{stem}.data.json.gz"
     if not path.is_file():

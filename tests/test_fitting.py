@@ -355,7 +355,7 @@ def test_a_flipped_byte_is_found(tmp_path):
 
 
 def test_large_data_stay_out_of_the_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(pgen.fitted, "_KEEP_BYTES", 8)
+    monkeypatch.setattr("pgen.saving._KEEP_BYTES", 8)
     fitted = pgen.fit(program, {"x": X}, Mean())
     fitted.save(tmp_path / "fit")
     loaded = pgen.load(tmp_path / "fit", program, backend=Mean())

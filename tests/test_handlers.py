@@ -8,7 +8,6 @@ import pytest
 import torch
 from pyro import poutine
 
-from pgen.errors import DataError
 from pgen.handlers import Observe, ScaleRows, Substitute, without_missing
 from pgen.inspection import inspect_problem
 from pgen.problem import Problem
@@ -93,15 +92,6 @@ def test_missing_elements_integrate_to_one(law):
     each.reshape(-1)[1] = 0.0
     assert torch.isfinite(filled).all()
     assert torch.allclose(masked.log_prob(filled).sum(), each.sum(), atol=1e-5)
-
-
-def test_elements_that_depend_on_each_other_cannot_be_left_out():
-    holed = torch.tensor([[float("nan"), 0.0]])
-    with pytest.raises(
-        DataError,
-        match="site 'x': NaN means missing, but the elements of MultivariateNormal depend on each other",
-    ):
-        without_missing("x", dist.MultivariateNormal(torch.zeros(2), torch.eye(2)), holed)
 
 
 def test_gradients_flow_past_missing_values():

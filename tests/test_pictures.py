@@ -94,3 +94,26 @@ def test_scalars_are_found_by_name():
 def test_energies_need_energies(tmp_path):
     with pytest.raises(DataError, match="the draws carry diverging, no energy"):
         pictures.energies(markov(), tmp_path / "a.png")
+
+
+def test_pictures_of_many_draws_are_thin_and_keep_what_diverges(tmp_path, monkeypatch):
+    drawn = []
+    figure_of = pictures._empty_figure
+
+    def watched(**size):
+        figure = figure_of(**size)
+        drawn.append(figure)
+        return figure
+
+    monkeypatch.setattr(pictures, "_empty_figure", watched)
+    diverging = torch.zeros(51_200, dtype=torch.bool)
+    diverging[[1, 777, 51_199]] = True
+    draws = Draws({"a": torch.randn(51_200, 2)}, chains=4, stats={"diverging": diverging})
+    pictures.pairs(draws, tmp_path / "p.png", ["a"])
+    shown, bad = drawn[0].axes[2].collections
+    assert 4000 <= len(shown.get_offsets()) <= 8000
+    assert len(bad.get_offsets()) == 3
+    pictures.traces(draws, tmp_path / "t.png", ["a"])
+    for line in drawn[1].axes[0].lines:
+        assert 1000 <= len(line.get_xdata()) <= 2000
+        assert line.get_xdata()[-1] > 12_700  # of 12,800

@@ -274,11 +274,6 @@ ERRORS = {
         {"x": X, "y": X[:4]},
         r"disagree on the number of rows: 'x' \(6,\), 'y' \(4,\).*args=\(\.\.\.\) or kwargs=\{\.\.\.\}",
     ),
-    "nan in an argument": (
-        pyros_way,
-        {"x": [1.0, float("nan")]},
-        r"data 'x' \(passed as argument\) has 1 of 2 values.*first at index \(1,\)",
-    ),
     "infinity in an argument": (
         pyros_way,
         {"x": [1.0, float("inf")]},

@@ -55,12 +55,8 @@ def _same(left, right):
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
-    """These tensors are too small to share, and children must compute as their parent does."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def _by_one(one_thread):
+    """Children compute as their parent does."""
 
 
 METADATA = {"b": [1, 2.5, None, True, "ü\n"], "a": {"nested": {"deep": []}}, "big": 2**70, "tiny": 5e-324}

@@ -5,6 +5,7 @@ import threading
 from typing import ClassVar
 
 import networkx as nx
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -715,8 +716,7 @@ def test_missing_values_only_where_nothing_depends_on_them():
         with pyro.plate("data", n):
             pyro.sample("x", dist.MultivariateNormal(torch.zeros(2), torch.eye(2)))
 
-    with pytest.raises(DataError, match="MultivariateNormal depend on each other"):
-        structure_of(joint, {"x": torch.stack([nan, nan], -1)})
+    assert structure_of(joint, {"x": torch.stack([nan, nan], -1)}).missing == {"x"}
 
 
 # --- no trace ---
@@ -830,3 +830,24 @@ def test_double_data_on_single_weights_is_told_with_the_fix():
         match=r"'x' is float64: give x.float\(\), or fit in double with Run\(precision='float64'\)",
     ):
         structure_of(program, {"x": torch.randn(4, 2, dtype=torch.float64)})
+
+
+# --- rows that a program chooses ---
+
+
+def test_copies_that_a_program_names_are_the_same_in_every_run():
+    def of(index, draws=0):
+        def program():
+            m = pyro.sample("m", dist.Normal(0.0, 1.0))
+            torch.rand(draws)
+            with pyro.plate("rows", 100, subsample=index()):
+                pyro.sample("x", dist.Normal(m, 1.0))
+
+        return structure_of(program).plates["rows"]
+
+    fixed = torch.arange(0, 100, 5)
+    plate = of(lambda: fixed)
+    assert (plate.size, plate.subsampled, plate.chosen) == (20, True, True)
+    assert not of(lambda: torch.randperm(100)[:20]).chosen
+    assert not of(lambda: torch.from_numpy(np.random.permutation(100)[:20])).chosen  # noqa: NPY002
+    assert not of(lambda: None).subsampled

@@ -168,6 +168,18 @@ def test_modes_are_told_apart(noise):
     assert "local mode" in only(summary({"theta": theta}, {"lp": lp}), "R-hat")
 
 
+def test_switched_labels_are_told_from_modes(noise):
+    """Four chains, each with the same three components in another order; then one that lacks a component."""
+    centres = torch.tensor([[0.0, 5, 10], [5, 0, 10], [10, 5, 0], [0, 10, 5]])
+    x = chains(noise, 4, 1000, 3) + centres[:, None]
+    said = only(summary({"m": x, "s": chains(noise)}), "R-hat of m[")
+    assert "Labels are switched: put in order, the elements of m agree" in said
+    x[3] = x[3] + torch.tensor([0.0, 0, 5])
+    assert not any("Labels" in w for w in summary({"m": x, "s": chains(noise)}).warnings)
+    apart = chains(noise) + 9 * (torch.arange(4) < 2)[:, None]  # what is no element of anything has two modes
+    assert not any("Labels" in w for w in summary({"m": x, "s": apart}).warnings)
+
+
 def test_chains_that_drift_are_no_modes(noise):
     walk = chains(noise).cumsum(1)
     said = summary({"x": walk}).warnings

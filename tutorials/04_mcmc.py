@@ -55,7 +55,8 @@ pictures.pairs(centred.draws(), folder / "funnel.png", ["mu", "tau", "theta[0]"]
 # ## The same program, other coordinates
 #
 # With $\theta_j = \mu + \tau z_j$, $z_j \sim N(0, 1)$, the neck is gone: a priori $z$ does not depend on $\tau$. Pyro
-# rewrites the program; nothing in it changes. Smaller steps (a higher `target_accept`) do for the tail of $\tau$.
+# rewrites the program; nothing in it changes. Smaller steps (a higher `target_accept`) do for the tail of $\tau$. A guide
+# can learn such coordinates, too: `precondition=pgen.fit(schools, data, pgen.backend("variational", guide="flow"))`.
 
 # %%
 program = poutine.reparam(schools, {"theta": LocScaleReparam(0.0)})
@@ -130,7 +131,6 @@ with contextlib.suppress(ImportError):  # pip install arviz-base "arviz-stats[xa
     from arviz_stats import summary as arviz_summary
 
     print(arviz_summary(fitted.to_arviz(20_000), var_names=["mu", "tau"]))
-print("pictures are in", folder)
 
 # %% [markdown]
 # ## Check

@@ -96,13 +96,14 @@ def _chain(links: Sequence[Tensor]) -> Tensor:
 
     Särkkä, García-Fernández (2021), "Temporal parallelization of Bayesian smoothers".
     """
-    shape = torch.broadcast_shapes(*(link.shape for link in links))
-    product = torch.stack([link.expand(shape) for link in links])
+    product = torch.stack(torch.broadcast_tensors(*links))
+    one = product.new_full(product.shape[1:], _impossible(product.dtype))
+    one.diagonal(dim1=-2, dim2=-1).zero_()
     while len(product) > 1:
-        half = len(product) // 2
-        left, right = product[: 2 * half : 2], product[1 : 2 * half : 2]
-        paired = _logsumexp(left.unsqueeze(-1) + right.unsqueeze(-3), -2)
-        product = torch.cat([paired, product[2 * half :]]) if len(product) % 2 else paired
+        if len(product) % 2:
+            product = torch.cat([product, one.unsqueeze(0)])
+        left, right = product.unflatten(0, (-1, 2)).unbind(1)
+        product = _logsumexp(left.unsqueeze(-1) + right.unsqueeze(-3), -2)
     return product[0]
 
 

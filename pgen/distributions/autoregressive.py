@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Size, Tensor
@@ -127,7 +128,7 @@ class Autoregressive(TorchDistribution):
         """
         if self._validate_args:
             self._validate_sample(value)
-        value = value.expand(torch.broadcast_shapes(value.shape, self.batch_shape + self.event_shape))
+        value = value.expand(np.broadcast_shapes(value.shape, self.batch_shape + self.event_shape))
         scores = _scores(self.conditionals(value), value)
         return scores.flatten(scores.ndim - len(self.event_shape)).sum(-1) if self.event_shape else scores
 

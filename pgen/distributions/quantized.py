@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Size, Tensor
@@ -116,9 +117,8 @@ class Quantized(TorchDistribution):
         if self._validate_args:
             self._validate_sample(value)
         dtype = value.dtype if value.is_floating_point() else torch.get_default_dtype()
-        value = value.to(dtype).expand(
-            torch.broadcast_shapes(value.shape, self.batch_shape + self.event_shape)
-        )
+        shape = np.broadcast_shapes(value.shape, self.batch_shape + self.event_shape)
+        value = value.to(dtype).expand(shape)
         inside = self.low + self.width * (
             value + torch.rand(self.particles, *value.shape, dtype=dtype, device=value.device)
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import networkx as nx
 import pyro
@@ -13,14 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.distributions.transforms import AffineTransform
 
-from pgen.distributions.quiet import zuko
 from pgen.errors import OptionError, ProgramError
 from pgen.guides.evidence import Probe, Reader, Slot
-from pgen.guides.families import GAIN, Continuous, joint_flow, lower_triangle, require_cholesky
+from pgen.guides.families import GAIN, Continuous, lower_triangle, require_cholesky
 from pgen.guides.features import Unconstrain, require_latents
 from pgen.guides.gather import require_sizes, stack_out
 from pgen.guides.layout import Layout, Plates
 from pgen.guides.plan import global_unit
+from pgen.guides.splines import Coupled, couplings
+from pgen.guides.transport import Affine, LowRank, Spline, Transport
 from pgen.problem import Problem
 from pgen.structure import Structure
 
@@ -42,7 +43,7 @@ class Automatic(nn.Module):
       analytic divergences apply);
     - `"full-rank"`: one Gaussian, its Cholesky factor learned (at most 2,000 dimensions);
     - `"low-rank"`: one Gaussian, covariance diagonal plus `rank` factors;
-    - `"flow"`: a neural spline flow with coupling layers.
+    - `"flow"`: a neural spline flow with coupling layers, see `pgen.guides.splines`.
 
     The last three draw $v$ at the auxiliary site `_joint`, and each latent at a `Delta` that carries the
     Jacobian. All parameters exist from the start. Every element of every latent starts near the
@@ -84,9 +85,11 @@ class Automatic(nn.Module):
         *,
         rank: int | None = None,
         marginalised: Collection[str] = (),
-        initial_scale: float = 0.1,
+        initial_scale: float | None = None,
     ) -> None:
         super().__init__()
+        if initial_scale is None:
+            initial_scale = 1.0 if kind == "flow" else 0.1
         _check(structure, kind, rank, marginalised, initial_scale)
         self.read = read
         self.kind: Kind = kind
@@ -126,7 +129,7 @@ class Automatic(nn.Module):
         *,
         rank: int | None = None,
         marginalised: Collection[str] = (),
-        initial_scale: float = 0.1,
+        initial_scale: float | None = None,
     ) -> Automatic:
         """Make a guide for a problem of fixed size.
 
@@ -137,7 +140,7 @@ class Automatic(nn.Module):
             rank: number of factors of `"low-rank"`; None: the square root of the number of dimensions.
             marginalised: latents that are summed out elsewhere; discrete ones must be.
             initial_scale: standard deviation to start from, in units of the prior's (of its square root, if
-                over one).
+                over one). None: 0.1, and 1 for a flow, which stays too narrow for a wide posterior from there.
 
         Raises:
             ProgramError: a latent is discrete, or has a support that no guide can be made for or that depends
@@ -177,6 +180,20 @@ class Automatic(nn.Module):
             with opened.around(name):
                 values[name] = pyro.sample(name, law)
         return values
+
+    def transport(self) -> Transport:
+        """The map from standard normal vectors to the unconstrained latents that the guide is now, frozen."""
+        sizes = {name: piece.numel for name, piece in self.pieces.items()}
+        with torch.no_grad():
+            if self.joint is not None:
+                return self.joint.transport(sizes).to()
+            heads: list[Any] = list(self.heads)
+            outputs = zip(heads, self.outputs, self.pieces.values(), strict=True)
+            laws = [
+                head.affine(GAIN * flat.unflatten(0, (piece.copies, -1))) for head, flat, piece in outputs
+            ]
+            loc, scale = (torch.cat([law[i].flatten() for law in laws]) for i in (0, 1))
+            return Affine(sizes, loc, scale)
 
 
 class _Piece:
@@ -231,28 +248,41 @@ class _Joint(nn.Module):
         self.register_buffer("scale", torch.where(centre[1] > 0, centre[1], 1.0))
         self.mean = nn.Parameter(torch.zeros(numel))
         self.log_scale = nn.Parameter(torch.full((numel,), math.log(initial_scale) / GAIN))
-        self.flow: zuko.flows.Flow | None = None
+        self.flow: nn.Module | None = None
         if kind == "full-rank":
             self.below = nn.Parameter(torch.zeros(numel * (numel - 1) // 2))
         elif kind == "low-rank":
             rank = min(rank, numel)
             self.factor = nn.Parameter(torch.randn(numel, rank) * 0.1 / (GAIN * rank**0.5))
         else:
-            self.flow = joint_flow(numel)
+            self.flow = couplings(numel)
 
     def forward(self) -> dist.TorchDistribution:
         """The law of the vector."""
-        loc = self.loc + self.scale * GAIN * self.mean
-        scale = self.scale * (GAIN * self.log_scale).exp()
+        loc, scale = self._centre()
         if self.flow is not None:
             base = dist.Normal(torch.zeros_like(loc), torch.ones_like(loc)).to_event(1)
+            coupled = Coupled(self.flow)
             return dist.TransformedDistribution(
-                base, [self.flow().transform.inv, AffineTransform(loc, scale, event_dim=1)]
+                base, [coupled, AffineTransform(loc, scale, event_dim=1, cache_size=1)]
             )
         if self.kind == "low-rank":
             factor = scale.unsqueeze(-1) * (GAIN * self.factor)
             return dist.LowRankMultivariateNormal(loc, factor, scale.square())
         return dist.MultivariateNormal(loc, scale_tril=lower_triangle(GAIN * self.below, scale))
+
+    def transport(self, sizes: Mapping[str, int]) -> Transport:
+        """The law as a map from standard normal vectors."""
+        loc, scale = self._centre()
+        if self.flow is not None:
+            return Spline(sizes, loc, scale, self.flow)
+        if self.kind == "low-rank":
+            return LowRank.of(sizes, loc, scale, GAIN * self.factor)
+        return Affine(sizes, loc, lower_triangle(GAIN * self.below, scale))
+
+    def _centre(self) -> tuple[Tensor, Tensor]:
+        loc = self.loc + self.scale * GAIN * self.mean
+        return loc, self.scale * (GAIN * self.log_scale).exp()
 
 
 def _check(

@@ -107,6 +107,10 @@ class Continuous(nn.Module):
             base = dist.LowRankMultivariateNormal(loc, scale.unsqueeze(-1) * factor, scale.square())
         return self._pushed(base, transforms)
 
+    def affine(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Location and scale `[..., numel]` of a `"normal"` law, unconstrained."""
+        return self._parts(outputs)[:2]
+
     def residual(self, outputs: Tensor, value: Tensor) -> Tensor:
         """Values as unconstrained vectors [..., numel], centred, scaled and decorrelated by their own law.
 
@@ -220,12 +224,6 @@ def conditional_flow(features: int, context: int) -> zuko.flows.Flow:
     """
     passes = 2 if features > 1 else None
     return zuko.flows.NSF(features, context, transforms=3, hidden_features=(64, 64), passes=passes)
-
-
-def joint_flow(features: int) -> zuko.flows.Flow:
-    """The same for one vector, without a context: a context-free flow of one element is a plain spline."""
-    passes = 2 if features > 1 else None
-    return zuko.flows.NSF(features, transforms=3, hidden_features=(64, 64), passes=passes)
 
 
 def lower_triangle(below: Tensor, diagonal: Tensor) -> Tensor:

@@ -137,7 +137,7 @@ def r_hat_by_chance(ess_half: Tensor, chains: int, alarm: float) -> Tensor:
     True
     """
     spread = 2 / (9 * (2 * chains - 1))
-    score = -torch.special.ndtri(torch.tensor(alarm, dtype=torch.float64)).to(ess_half)
+    score = -torch.special.ndtri(torch.tensor(alarm, dtype=torch.float64, device="cpu")).to(ess_half)
     return (1 + (1 - spread + score * math.sqrt(spread)) ** 3 / (ess_half - 1)).sqrt()
 
 

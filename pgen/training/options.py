@@ -71,6 +71,26 @@ def _is_device(value: Any) -> bool:
     return bool(there) and (device.index or 0) < module.device_count()  # type: ignore[union-attr]
 
 
+def devices_of(value: Any) -> tuple[str, ...]:
+    """The names of the devices that an option stands for; none where it leaves the choice open.
+
+    >>> devices_of(1), devices_of(["cpu", "cpu"])
+    ((), ('cpu', 'cpu'))
+    """
+    if isinstance(value, (tuple, list)):
+        return tuple(str(torch.device(each)) for each in value)
+    there = torch.cuda.device_count() if value != 1 and torch.cuda.is_available() else 0
+    return tuple(f"cuda:{i}" for i in range(there if value == "auto" else min(there, int(value))))
+
+
+def _are_devices(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return bool(value) and all(map(_is_device, value)) and len({torch.device(v).type for v in value}) == 1
+    if isinstance(value, str):
+        return value == "auto"
+    return _whole(1)(value) and (value == 1 or len(devices_of(value)) == value)
+
+
 def _are_observers(value: Any) -> bool:
     calls = ("start", "step", "finish")
     return isinstance(value, (tuple, list)) and all(
@@ -79,7 +99,7 @@ def _are_observers(value: Any) -> bool:
 
 
 _optimizers, _schedules = ", ".join(map(repr, OPTIMIZERS)), ", ".join(map(repr, SCHEDULES))
-_single = "(reserved: a run uses one device now; choose it by device)"
+_single = "(reserved: a run uses one machine now)"
 
 EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "steps": (_maybe(_whole(0)), "a whole number of at least 0, or None for the backend's default"),
@@ -122,7 +142,11 @@ EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "observers": (_are_observers, "a tuple of objects with the methods start, step and finish"),
     "seed": (_whole(0), "a whole number of at least 0"),
-    "devices": (lambda value: value == 1, f"1 {_single}"),
+    "devices": (
+        _are_devices,
+        "1, a number of CUDA devices of this machine, 'auto' for all of them, or a tuple of the names of devices of "
+        "one kind, for example ('cuda:0', 'cuda:1')",
+    ),
     "nodes": (lambda value: value == 1, f"1 {_single}"),
     "strategy": (lambda value: value is None, f"None {_single}"),
     "compile": (
@@ -153,7 +177,7 @@ def as_json(value: Any) -> Any:
     if isinstance(value, Mapping) and all(isinstance(v, Real) for v in value.values()):
         return {str(k): float(v) for k, v in value.items()}
     if isinstance(value, tuple):
-        return [type(v).__name__ for v in value]
+        return [v if isinstance(v, str) else type(v).__name__ for v in value]
     if isinstance(value, (Path, torch.device)):
         return str(value)
     return getattr(value, "__qualname__", type(value).__qualname__)

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,8 +25,8 @@ from pgen.algorithms.record.recording import recording_of
 from pgen.algorithms.record.verify import aside
 from pgen.problem import Problem
 from pgen.threads import Work, use_threads
-from pgen.training.batches import generators
-from pgen.training.players import Evaluation, Player, Step, clone, copy_into, evaluate
+from pgen.training.agreement import Moment, alike, roundoff
+from pgen.training.players import Evaluation, Player, Step, clone, evaluate
 from pgen.training.watch import changed, plain_values
 
 Context = Callable[[], AbstractContextManager[Any]]
@@ -71,13 +71,6 @@ class Take:
     def stale(self) -> list[Tensor]:
         """Captured tensors that somebody changed after all."""
         return [tensor for tensor, version in self.watched if tensor._version != version]
-
-
-class _Moment(NamedTuple):
-    """Random states, and copies of the buffers."""
-
-    random: list[tuple[torch.Generator, Tensor]]
-    buffers: dict[str, Tensor]
 
 
 class Replays:
@@ -154,7 +147,7 @@ class Replays:
         if len(self._takes) == MOST_KINDS:
             self.obstacle = f"its batches come in more than {MOST_KINDS} shapes"
             return self._as_written(batch, step, context)
-        before, done = self._moment(), list[tuple[Evaluation, _Moment]]()
+        before, done = self._moment(), list[tuple[Evaluation, Moment]]()
         try:
             take = self._take(batch, step, context, done)
         except Exception as error:  # whatever it is, running the program as it is shows whether it is one
@@ -163,17 +156,17 @@ class Replays:
             self._takes[key] = take
             if self._compiler is not None:
                 self._compile(take, batch, step, before, done[0])
-            self._back_to(before)
+            before.restore(self._buffers)
             return self._replayed(take, batch, step)
         if done:
             found, after = done[0]
-            self._back_to(after)
+            after.restore(self._buffers)
             return found
-        self._back_to(before)
+        before.restore(self._buffers)
         return self._as_written(batch, step, context)
 
     def _take(
-        self, batch: Problem, step: Step, context: Context, done: list[tuple[Evaluation, _Moment]]
+        self, batch: Problem, step: Step, context: Context, done: list[tuple[Evaluation, Moment]]
     ) -> Take:
         """A recording; what the program did meanwhile, and how it left things, is added to `done`."""
         self._number = self._number.to(torch.get_default_dtype()).fill_(step.index)
@@ -213,12 +206,12 @@ class Replays:
             buffers=earlier,
             renewed=seen.renewed,
             batch=batch,
-            tolerance=min(2048 * _roundoff([found.loss, *self._live], context), 0.05),
+            tolerance=min(2048 * roundoff([found.loss, *self._live], context), 0.05),
             threads=work.threads(self._threads),
         )
 
     def _compile(
-        self, take: Take, batch: Problem, step: Step, before: _Moment, expected: tuple[Evaluation, _Moment]
+        self, take: Take, batch: Problem, step: Step, before: Moment, expected: tuple[Evaluation, Moment]
     ) -> None:
         """Replay by what a compiler makes of the operations, if that gives what the program gave."""
         plain, exact = take.recording, take.tolerance
@@ -228,8 +221,12 @@ class Replays:
                 replay = self._compiler(plain.tape, [t.clone() for t in self._data(batch)])  # type: ignore[misc]
             # The order of operations is the compiler's: it keeps half of the digits.
             take.recording, take.tolerance = replace(plain, replay=replay), max(exact, (exact / 2048) ** 0.5)
-            self._back_to(before)
-            if _alike((self._replayed(take, batch, step), self._moment()), expected, take.tolerance):
+            before.restore(self._buffers)
+            if alike(
+                (self._replayed(take, batch, step), self._moment()),
+                expected,
+                take.tolerance,
+            ):
                 return
             self.trouble = "compiled, its operations give other numbers"
         except Exception as error:  # whatever a compiler may come up with
@@ -258,10 +255,10 @@ class Replays:
         before = self._moment()
         found = self._replayed(take, batch, step)
         after = self._moment()
-        self._back_to(before)
+        before.restore(self._buffers)
         expected = self._as_written(batch, step, context)
-        if _alike((found, after), (expected, self._moment()), take.tolerance):
-            self._back_to(after)
+        if alike((found, after), (expected, self._moment()), take.tolerance):
+            after.restore(self._buffers)
             take.compared = take.replays
             return found
         self.obstacle = (
@@ -282,15 +279,8 @@ class Replays:
             return f"player {self.name!r} was replayed without being compiled: {self.trouble}"
         return None
 
-    # --- what a loss changes --------------------------------------------------------------------------------
-
-    def _moment(self) -> _Moment:
-        """Random states, and copies of the buffers."""
-        return _Moment(_random(self._live), {k: v.detach().clone() for k, v in self._buffers.items()})
-
-    def _back_to(self, moment: _Moment) -> None:
-        _set_random(moment.random)
-        copy_into(self._buffers, moment.buffers)
+    def _moment(self) -> Moment:
+        return Moment.of(self._live, self._buffers)
 
 
 class _Seen(Step):
@@ -339,48 +329,6 @@ def _tensors_of(found: Evaluation) -> list[Tensor]:
     return [found.loss, *metrics, *(g for g in found.gradients if g is not None)]
 
 
-def _roundoff(tensors: Sequence[Tensor], context: Context) -> float:
-    """Of the coarsest type in use."""
-    kinds = {t.dtype for t in tensors if t.is_floating_point()}
-    with context():
-        places = {t.device.type for t in tensors}
-        kinds |= {torch.get_autocast_dtype(place) for place in places if torch.is_autocast_enabled(place)}
-    return max(torch.finfo(kind).eps for kind in kinds)
-
-
-def _alike(found: tuple[Evaluation, _Moment], expected: tuple[Evaluation, _Moment], tolerance: float) -> bool:
-    """Whether two evaluations agree, the gradients as one vector; one wait for the device."""
-    (one, after), (other, now) = found, expected
-    if [g is None for g in one.gradients] != [g is None for g in other.gradients]:
-        return False
-    loss = other.loss.double()
-    pairs = [
-        (g, h) for g, h in zip(one.gradients, other.gradients, strict=True) if g is not None and h is not None
-    ]
-    verdicts = [
-        _close(one.loss, loss, tolerance),
-        *(_close(one.metrics[name], value, tolerance) for name, value in other.metrics.items()),
-        *(_close(value, now.buffers[name], tolerance) for name, value in after.buffers.items()),
-    ]
-    if pairs:
-        off = torch.stack([(g - h).double().square().sum() for g, h in pairs]).sum().sqrt()
-        norm = torch.stack([h.double().square().sum() for _, h in pairs]).sum().sqrt()
-        # Where terms cancel, round-off is all that is left.
-        verdicts.append(off <= tolerance * (norm + 1e-2 * (1 + loss.abs())))
-    # What is not finite is undone anyhow.
-    return bool(
-        torch.stack([v.to(loss.device) for v in verdicts]).all() | ~(loss.isfinite() | one.loss.isfinite())
-    )
-
-
-def _close(found: float | Tensor, expected: float | Tensor, tolerance: float) -> Tensor:
-    left, right = torch.as_tensor(found).double(), torch.as_tensor(expected).double()
-    scale = 1 + right.abs().nan_to_num(posinf=0.0)
-    return (
-        ((left - right).abs() <= tolerance * scale) | (left == right) | (left.isnan() & right.isnan())
-    ).all()
-
-
 def _told(error: Exception) -> str:
     """What went wrong, and in which of the user's lines: the first cause that says that nothing can be recorded."""
     cause: BaseException | None = error
@@ -390,12 +338,3 @@ def _told(error: Exception) -> str:
         return f"{cause.operation}" + (f" at {cause.where}" if cause.where else "")
     where, said = where_raised(error.__traceback__), str(error).strip().split("\n")[0]
     return f"{type(error).__name__}: {said}" + (f" at {where}" if where else "")
-
-
-def _random(tensors: Sequence[Tensor]) -> list[tuple[torch.Generator, Tensor]]:
-    return [(generator, generator.get_state()) for generator in generators([t.device for t in tensors])]
-
-
-def _set_random(states: Sequence[tuple[torch.Generator, Tensor]]) -> None:
-    for generator, state in states:
-        generator.set_state(state)

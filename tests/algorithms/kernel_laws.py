@@ -76,6 +76,24 @@ class Half:
         return torch.cat([q - mean, q.square() - 1 - mean], -1)
 
 
+def log_gamma(q):
+    """The logarithm of a Gamma(2, 1) variable, in every dimension."""
+    return (2 * q - q.exp()).sum(-1), 2 - q.exp()
+
+
+def log_half_cauchy(q):
+    """The logarithm of the size of a Cauchy variable, in every dimension."""
+    return (q - torch.log1p((2 * q).exp())).sum(-1), -torch.tanh(q)
+
+
+def kolmogorov(draws, cdf):
+    """√n times the largest distance between the empirical and the exact distribution function."""
+    n = len(draws)
+    expected = cdf(draws.sort().values)
+    steps = torch.arange(n + 1, dtype=expected.dtype) / n
+    return n**0.5 * max((steps[1:] - expected).max(), (expected - steps[:-1]).max()).item()
+
+
 def tuned(step_size, scale, length=1.0):
     return Tuning(torch.tensor(step_size, **FLOAT), scale, torch.tensor(length, **FLOAT))
 

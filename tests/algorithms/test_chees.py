@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from pgen.algorithms.adaptation.chees import ChEESWarmup, matched, resettled, whitened
-from pgen.algorithms.adaptation.metric import gathered, nothing
+from pgen.algorithms.adaptation.chees import ChEESWarmup, resettled, whitened
+from pgen.algorithms.adaptation.metric import gathered, matched, nothing
 from pgen.algorithms.kernels.base import Tuning
 from pgen.algorithms.kernels.chees import ChEES, Land, Pieces, Runner, Stride, van_der_corput
 from pgen.algorithms.kernels.hmc import Phase, State, trajectory

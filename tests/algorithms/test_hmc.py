@@ -12,6 +12,7 @@ import torch
 from pgen.algorithms.kernels import hmc
 from pgen.algorithms.kernels.base import Tuning
 from pgen.algorithms.kernels.hmc import HMC, Phase, leapfrog, trajectory
+from tests.algorithms.kernel_laws import kolmogorov, log_gamma, log_half_cauchy
 
 DOUBLE = torch.float64
 Z = 4.9  # 1e-6 both ways
@@ -31,23 +32,6 @@ def anharmonic(q):
 
 def normal(q):
     return -0.5 * q.square().sum(-1), -q
-
-
-def log_gamma(q):
-    """The logarithm of a Gamma(2, 1) variable."""
-    return (2 * q - q.exp()).sum(-1), 2 - q.exp()
-
-
-def log_half_cauchy(q):
-    return (q - torch.log1p((2 * q).exp())).sum(-1), -torch.tanh(q)
-
-
-def kolmogorov(draws, cdf):
-    """√n times the largest distance between the empirical and the exact distribution function."""
-    n = len(draws)
-    expected = cdf(draws.sort().values)
-    steps = torch.arange(n + 1, dtype=DOUBLE) / n
-    return math.sqrt(n) * max((steps[1:] - expected).max(), (expected - steps[:-1]).max()).item()
 
 
 def start(chains=64, seed=0):

@@ -91,16 +91,36 @@ def test_recorded_steps_draw_the_same():
 
 
 def test_the_eigenvalue_estimate_lies_between_the_mean_and_the_largest():
-    rows = torch.randn(4000, 6, **FLOAT) * torch.tensor([10.0, 1, 1, 1, 1, 1], **FLOAT)
-    found, values = largest_eigenvalue(rows), torch.linalg.eigvalsh(rows.T @ rows / 4000)
+    spread = torch.tensor([10.0, 1, 1, 1, 1, 1], **FLOAT)
+    rows = torch.randn(4000, 6, **FLOAT) * spread
+    found, values = largest_eigenvalue(rows), spread.square()
     assert values.mean() < found <= values.max()
-    assert found == pytest.approx(float(values.square().sum() / values.sum()))
+    assert found == pytest.approx(float(values.square().sum() / values.sum()), rel=0.1)
     torch.testing.assert_close(
         largest_eigenvalue(rows[:5]), largest_eigenvalue(torch.stack([rows[:5]] * 2))[1]
     )
-    wide = torch.randn(5, 8, **FLOAT)  # by the smaller of the two Gram matrices
-    moments = wide.T @ wide / 5
-    torch.testing.assert_close(largest_eigenvalue(wide), moments.square().sum() / moments.trace())
+    whole = rows[:5] @ rows[:5].T  # pair by pair, by the definition
+    pairs = (whole.square().sum() - whole.diagonal().square().sum()) / 20
+    torch.testing.assert_close(
+        largest_eigenvalue(rows[:5]), torch.maximum(pairs, whole.trace() ** 2 / 150) * 5 / whole.trace()
+    )
+
+
+@pytest.mark.parametrize("rows", [8, 32, 200])
+def test_few_rows_do_not_make_eigenvalues_large(rows):
+    """All are 1; the moments of the rows themselves would say `1 + 60 / rows`."""
+    found = largest_eigenvalue(torch.randn(20_000 // rows, rows, 60, **FLOAT))
+    assert float(found.mean()) == pytest.approx(1.0, abs=0.12)
+
+
+@pytest.mark.parametrize("chains", [32, 128])
+def test_few_chains_find_the_step_of_many(chains):
+    target = Normal(dimensions=60, correlation=0.0)
+    warmup = MEADSWarmup(iterations=100)
+    tuned_ = warmup.begin(target.draw(chains), target, scale=target.root)
+    _, tuning = warmup.finish(warmup.advance(tuned_, target, 100))
+    assert 0.42 < float(tuning.step_size) <= 0.5
+    assert 0.7 < float(tuning.length) < 1.4
 
 
 def test_the_step_is_half_the_reciprocal_root_of_the_eigenvalue():

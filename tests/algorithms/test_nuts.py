@@ -16,6 +16,7 @@ from pgen.algorithms.kernels.base import Tuning
 from pgen.algorithms.kernels.hmc import standard_normal
 from pgen.algorithms.kernels.nuts import NUTS
 from pgen.algorithms.record import record
+from tests.algorithms.kernel_laws import kolmogorov, log_gamma, log_half_cauchy
 
 DOUBLE = torch.float64
 Z = 4.9
@@ -55,21 +56,6 @@ def banana_cdf(q):
     at = torch.searchsorted(grid, q).clamp(1, len(grid) - 1)
     share = (q - grid[at - 1]) / (grid[at] - grid[at - 1])
     return torch.lerp(values[at - 1], values[at], share)
-
-
-def log_gamma(q):
-    return (2 * q - q.exp()).sum(-1), 2 - q.exp()
-
-
-def log_half_cauchy(q):
-    return (q - torch.log1p((2 * q).exp())).sum(-1), -torch.tanh(q)
-
-
-def kolmogorov(draws, cdf):
-    n = len(draws)
-    expected = cdf(draws.sort().values)
-    steps = torch.arange(n + 1, dtype=DOUBLE) / n
-    return math.sqrt(n) * max((steps[1:] - expected).max(), (expected - steps[:-1]).max()).item()
 
 
 # ---- the plain implementation

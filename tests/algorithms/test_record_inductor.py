@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import shutil
 import subprocess
 import sys
@@ -14,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pgen.algorithms.record import Inductor, NotCompiled, Recorded, inductor, record
+from pgen.algorithms.record import Inductor, NotCompiled, Recorded, inductor, record, tape_of
+from pgen.algorithms.record.libraries import Libraries
 from tests.algorithms.record_laws import check, same
 
 needs_compiler = pytest.mark.skipif(
@@ -40,11 +40,13 @@ def inputs() -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("compiler_cache")
 @needs_compiler
 def test_compiled_functions_give_the_same(tmp_path: Path) -> None:
     compiler = Inductor(tmp_path)
     check(energy, inputs(), inputs(), compiler=compiler)
-    assert len(list(tmp_path.iterdir())) == 1
+    assert len(list(tmp_path.glob("*.so"))) == 1
+    assert not list(tmp_path.glob("work-*"))
     check(step, (inputs()[0], torch.zeros(())), (inputs()[0], torch.ones(())), compiler=compiler)
     weight = torch.ones(3, dtype=torch.float64)
     captured = Recorded(lambda x: (x * weight.exp()).sin() + 1, fallback=False, compiler=compiler)
@@ -74,6 +76,7 @@ print(took)
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("compiler_cache")
 @needs_compiler
 def test_a_second_process_finds_what_the_first_compiled(tmp_path: Path) -> None:
     took = []
@@ -87,6 +90,7 @@ def test_a_second_process_finds_what_the_first_compiled(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("compiler_cache")
 @needs_compiler
 def test_in_the_background(tmp_path: Path) -> None:
     fast = Recorded(energy, fallback=False, compiler=Inductor(tmp_path, wait=False))
@@ -96,59 +100,88 @@ def test_in_the_background(tmp_path: Path) -> None:
     (recording,) = fast.recordings.values()
     later: Any = recording.replay
     plain = later._replay
-    while later._process is not None and time.monotonic() - began < 120:
+    while later._compiling is not None and time.monotonic() - began < 200:
         same(fast(x, scale), energy(x, scale))
     assert later._replay is not plain
     same(fast(x, scale), energy(x, scale))
 
 
-class Failed:
-    """A compiler's process that did not get far."""
+class Ended:
+    """A compiler's process that is done."""
 
-    returncode = 1
-
-    def __init__(self) -> None:
-        self.stderr = io.StringIO("a lot of talk\nInvalidCxxCompiler: error: No working C++ compiler found\n")
-
-    def communicate(self) -> tuple[str, str]:
-        return "", self.stderr.read()
+    def __init__(self, returncode: int) -> None:
+        self.returncode = returncode
 
     def poll(self) -> int:
-        return 1
+        return self.returncode
+
+    def wait(self) -> int:
+        return self.returncode
 
     def kill(self) -> None:
         pass
+
+
+def failed(task: inductor.Task, folder: Path, work: Path) -> Any:
+    (work / "said").write_text("a lot of talk\nInvalidCxxCompiler: error: No working C++ compiler found\n")
+    return Ended(1)
+
+
+def empty(task: inductor.Task, folder: Path, work: Path) -> Any:
+    """Leaves a library, with nothing in it."""
+    (work / "said").touch()
+    (work / "model.so").touch()
+    Libraries(folder).keep(task.name, work / "model.so")
+    return Ended(0)
 
 
 @pytest.mark.parametrize("wait", [True, False])
 def test_without_a_compiler_operations_are_replayed(
     wait: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inductor, "_started", lambda task, path: Failed())
+    monkeypatch.setattr(inductor, "started", failed)
     fast = Recorded(energy, fallback=False, compiler=Inductor(tmp_path, wait))
     x, scale = inputs()
     with pytest.warns(NotCompiled, match=r"No working C\+\+ compiler") as caught:
         found = [fast(x, scale) for _ in range(40)]
     assert len(caught) == 1
     same(found, [energy(x, scale)] * 40)
+    assert not list(tmp_path.iterdir())
 
 
-def test_a_wrong_library_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inductor, "_started", lambda task, path: Failed())
-    monkeypatch.setattr(Failed, "returncode", 0)
+@pytest.mark.parametrize("wait", [True, False])
+def test_a_wrong_library_is_found_out(wait: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inductor, "started", empty)
     wrong = lambda task, path: lambda *inputs: (inputs[0].sum(-1), inputs[0])  # noqa: E731
-    monkeypatch.setattr(inductor._Task, "loaded", wrong)
-    fast = Recorded(energy, fallback=False, compiler=Inductor(tmp_path))
+    monkeypatch.setattr(inductor.Task, "loaded", wrong)
+    fast = Recorded(energy, fallback=False, compiler=Inductor(tmp_path, wait))
     x, scale = inputs()
     with pytest.warns(NotCompiled, match="other numbers"):
+        found = [fast(x, scale) for _ in range(40)]
+    same(found, [energy(x, scale)] * 40)
+
+
+def test_a_process_ends_with_who_waits_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def asleep(task: inductor.Task, folder: Path, work: Path) -> Any:
+        return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+
+    monkeypatch.setattr(inductor, "started", asleep)
+    tape, _ = tape_of(lambda x: x.sin() + 1, [torch.ones(3)])
+    later: Any = Inductor(tmp_path, wait=False)(tape, [torch.ones(3)])
+    process = later._compiling._process
+    assert torch.equal(later(torch.zeros(3))[0], torch.ones(3))
+    assert process.poll() is None
+    del later
+    assert process.poll() is not None
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_of_others_is_refused(tmp_path: Path) -> None:
+    tmp_path.chmod(0o777)
+    fast = Recorded(energy, fallback=False, compiler=Inductor(tmp_path))
+    x, scale = inputs()
+    with pytest.warns(NotCompiled, match="others may write to it"):
         same(fast(x, scale), energy(x, scale))
-
-
-def test_the_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert Inductor()._place() == tmp_path / "pgen" / "compiled"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert Inductor()._place() == Path.home() / ".cache" / "pgen" / "compiled"
 
 
 def test_a_compiler_by_name() -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch import distributions as dist
 
-from pgen.algorithms.record import NotRecorded, Recorded, record
+from pgen.algorithms.record import NotRecorded, Recorded, Unrecordable, record
 from tests.algorithms.record_laws import check
 
 DRAWS = {
@@ -117,3 +118,51 @@ def test_the_first_call_leaves_the_stream_where_the_function_would() -> None:
     fast = record(lambda: torch.randn(2))
     found = [fast(), fast(), torch.rand(1)]
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def _made_inside(x: Tensor, mine: torch.Generator) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return x + torch.rand((), generator=generator)
+
+
+def _seeded_inside(x: Tensor, mine: torch.Generator) -> Tensor:
+    mine.manual_seed(0)
+    return x + torch.rand((), generator=mine)
+
+
+def _seeded_between(x: Tensor, mine: torch.Generator) -> Tensor:
+    x = x + torch.rand((), generator=mine)
+    mine.manual_seed(0)
+    return x + torch.rand((), generator=mine)
+
+
+def _put_back(x: Tensor, mine: torch.Generator) -> Tensor:
+    state = mine.get_state()
+    x = x + torch.rand((), generator=mine)
+    mine.set_state(state)
+    return x + torch.rand((), generator=mine)
+
+
+@pytest.mark.parametrize("fn", [_made_inside, _seeded_inside, _seeded_between, _put_back])
+def test_a_generator_that_every_run_seeds_is_refused_with_the_line(fn: Callable[..., Tensor]) -> None:
+    mine = torch.Generator().manual_seed(3)
+    with pytest.raises(
+        Unrecordable, match=r"made, or seeded, in every run at .*test_record_random.*torch\.rand"
+    ):
+        Recorded(lambda x: fn(x, mine), fallback=False)(torch.ones(()))
+
+
+def test_a_second_look_at_a_generator_leaves_everything_as_it_was() -> None:
+    mine, total = torch.Generator().manual_seed(3), torch.zeros(())
+
+    def draw(x: Tensor) -> Tensor:
+        total.add_(1.0)
+        return x + total + torch.rand((), generator=mine) + torch.rand(())
+
+    def numbers(fn: Callable[..., Tensor]) -> list[float]:
+        mine.manual_seed(3)
+        torch.manual_seed(4)
+        total.zero_()
+        return [float(fn(torch.ones(()))) for _ in range(3)]
+
+    assert numbers(draw) == numbers(Recorded(draw, fallback=False))

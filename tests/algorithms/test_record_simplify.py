@@ -21,6 +21,7 @@ from pgen.algorithms.record import (
     columns,
     outputs,
     simplify,
+    stacks,
     sums,
     writes,
 )
@@ -293,3 +294,102 @@ def test_sharing_memory_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     fast = Recorded(lambda x: (x + 1, x + 1), fallback=False)
     one, other = fast(t(3))
     assert one.data_ptr() == other.data_ptr()  # the specimen; the law is in test_record_state.py
+
+
+# --- pieces put together again (stacks.py) ---
+
+
+def test_pieces_in_order_are_a_view_and_out_of_order_one_operation() -> None:
+    def loop(x: Tensor) -> Tensor:
+        return torch.stack([x[:, i] for i in range(2, 8)], 1).exp()
+
+    def mirrored(x: Tensor) -> Tensor:
+        return torch.stack([x[:, i] for i in reversed(range(8))], 1).exp()
+
+    assert operations(loop, t(3, 10)) == {"aten.slice.Tensor": 1, "aten.exp.default": 1}
+    assert operations(mirrored, t(3, 10)) == {"aten.index_select.default": 1, "aten.exp.default": 1}
+
+
+def test_pieces_of_two_tensors_and_one_of_its_own() -> None:
+    def braided(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+        pairs = [part for i in range(8) for part in (x[i], y[7 - i])]
+        return torch.stack([z, *pairs], 2).cos()
+
+    left = operations(braided, t(8, 2, 3), t(8, 2, 3), t(2, 3))
+    assert left["aten.select.int"] == 0
+    assert left["aten.stack.default"] == 0
+    assert left["aten.index_select.default"] == 1
+    assert left.total() <= 7
+
+
+def test_a_sum_does_not_mind_the_order() -> None:
+    def total(x: Tensor) -> Tensor:
+        return torch.stack([x[i] for i in (3, 1, 0, 2)]).sum(0)
+
+    assert operations(total, t(4, 5)) == {"aten.sum.dim_IntList": 1}
+
+    def twice(x: Tensor) -> Tensor:  # not every piece once
+        return torch.stack([x[i] for i in (3, 1, 1, 2)]).sum(0)
+
+    assert operations(twice, t(4, 5))["aten.index_select.default"] == 1
+
+
+def test_a_wrong_place_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def shifted(b: Any, whole: Any, dim: int, at: Any) -> Any:
+        return right(b, whole, dim, [at[-1], *at[:-1]])
+
+    right = stacks.selected
+    monkeypatch.setattr(stacks, "selected", shifted)
+
+    def loop(x: Tensor) -> Tensor:
+        return torch.stack([x[:, i] for i in range(2, 8)], 1).exp()
+
+    fast = Recorded(loop)
+    x = t(3, 10)
+    same(fast(x), loop(x))
+    (recording,) = fast.recordings.values()
+    assert recording.trouble is not None
+
+
+# --- what a support's check leaves (rewrite.py) ---
+
+
+def test_checks_that_cannot_fail_go() -> None:
+    def half_cauchy(x: Tensor) -> Tensor:
+        y = x.exp()
+        inside = torch.where(y < 0, -torch.inf, -(y**2).log1p())
+        return inside.masked_fill(y < 0, -torch.inf) + (y - torch.zeros(4)) * torch.ones(4)
+
+    left = operations(half_cauchy, t(3, 4))
+    assert left.keys() <= {
+        f"aten.{name}"
+        for name in (
+            "exp.default",
+            "pow.Tensor_Scalar",
+            "log1p.default",
+            "neg.default",
+            "sub.Tensor",
+            "add.Tensor",
+        )
+    }
+    assert left.total() <= 5
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), -1e9])
+def test_at_the_ends_of_the_line_too(bad: float) -> None:
+    def masked(x: Tensor) -> Tensor:
+        y = x.exp()
+        return (1 / y).masked_fill(y < 0, -1.0) + (x - 0.0).masked_fill(x.exp() <= 0, 7.0)
+
+    fast = Recorded(masked)
+    fast(t(3))
+    same(
+        fast(torch.tensor([bad, 0.0, 1.0], dtype=torch.float64)),
+        masked(torch.tensor([bad, 0.0, 1.0], dtype=torch.float64)),
+    )
+
+
+def test_a_check_that_can_fail_stays() -> None:
+    assert operations(lambda x: x.masked_fill(x < 0, 1.0), t(3))["aten.lt.Scalar"] == 1
+    assert operations(lambda x: x.masked_fill(x.exp() <= 0, 1.0), t(3))["aten.le.Scalar"] == 1
+    assert operations(lambda x: x.masked_fill(x.exp() < 1, 1.0), t(3))["aten.lt.Scalar"] == 1

@@ -1,16 +1,11 @@
 """For all tests of training."""
 
 import pytest
-import torch
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
-    """These tensors are too small to share, and bits depend on the number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def _by_one(one_thread):
+    """Wherever bits are compared."""
 
 
 @pytest.fixture(autouse=True)

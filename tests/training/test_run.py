@@ -35,7 +35,7 @@ BAD = {
     "progress": [1, "yes"],
     "observers": [None, (object(),), print],
     "seed": [-1, 1.5, None],
-    "devices": [2, 0, "all"],
+    "devices": [0, 99, True, "all", (), ("cpu", "cuda:99"), ("cpu", 0)],
     "nodes": [2],
     "strategy": ["ddp"],
     "compile": [True, "jit"],

@@ -33,21 +33,26 @@ from torch import Tensor
 from pgen.algorithms.adaptation.metric import (
     Moments,
     Spread,
-    covariance,
+    arrived,
     curvature,
     gathered,
     lost,
+    matched,
     nothing,
     scale_of,
 )
-from pgen.algorithms.adaptation.step_size import Averaging, DualAveraging, crossing
+from pgen.algorithms.adaptation.step_size import Averaging, DualAveraging, averaged, crossing
 from pgen.algorithms.kernels.base import Info, LogDensity, Tuning
 from pgen.algorithms.kernels.chees import ChEES, Runner
 from pgen.algorithms.kernels.hmc import Phase
 from pgen.algorithms.kernels.iterate import Wrap, unwrapped
 
 FIRST = 2.0  # length to begin with: near the best for a normal target
-ARRIVALS = (1 / 16, 1 / 8)  # of the warm-up: the scale from gradients, and chains that are lost begin anew
+ARRIVALS = (
+    1 / 16,
+    1 / 8,
+    3 / 16,
+)  # of the warm-up: the scale from gradients, and chains that are lost begin anew
 WINDOWS = (1 / 4, 1 / 2, 4 / 5)  # the scale from the draws since the last one
 SETTLED = 1 / 4  # from here on the length is learnt: on its way to typical places it would run off
 EARLY = 4  # strides at most before the first of these, and twice as many after each
@@ -177,8 +182,11 @@ class ChEESWarmup:
             iterations: how many.
             wrap: as in `ChEES.run`.
         """
-        pieces, learn = self.kernel.pieces(target, wrap), wrap(Learn(self))
+        pieces, learn = self.kernel.pieces(target, wrap), wrap(self._learn)
         done, first = torch.stack([learnt.iteration, learnt.state.iteration]).tolist()
+        accept, settled = (
+            learnt.step.log_step.new_tensor(x) for x in (self.accept, SETTLED * self.iterations)
+        )
         last = min(done + iterations, self.iterations)
         seen: list[Runner] = []
         for i in range(done, last):
@@ -187,23 +195,26 @@ class ChEESWarmup:
             strides = min(strides, EARLY << sum(end <= i for end in (*self.arrivals, *self.windows)))
             state, info, begin, end = self.kernel.travel(learnt.state, tuning, pieces, strides)
             tuning, step, length = learn(
-                tuning, learnt.step, learnt.length, learnt.iteration, begin, end, info
+                tuning, learnt.step, learnt.length, accept, learnt.iteration >= settled, begin, end, info
             )
             learnt = learnt._replace(
                 state=state, tuning=tuning, step=step, length=length, iteration=learnt.iteration + 1
             )
             seen.append(state)
             if len(seen) == PORTION or i + 1 == last or i + 1 in self.windows:
+                there = arrived(state.log_density)
                 learnt = learnt._replace(
-                    draws=gathered(learnt.draws, torch.stack([s.position for s in seen])),
-                    slopes=gathered(learnt.slopes, torch.stack([s.gradient for s in seen])),
+                    draws=gathered(learnt.draws, torch.stack([s.position for s in seen]), there),
+                    slopes=gathered(learnt.slopes, torch.stack([s.gradient for s in seen]), there),
                 )
                 seen = []
             if i + 1 in self.arrivals:
                 learnt = self._arrived(learnt)
                 seen.clear()
             elif i + 1 in self.windows:
-                learnt = self._rescaled(learnt, matched(learnt.draws, learnt.slopes))
+                found = matched(learnt.draws, learnt.slopes)
+                state = resettled(learnt.state, learnt.state.log_density)
+                learnt = self._rescaled(learnt._replace(state=state), found)
         return learnt
 
     def finish(self, learnt: Learnt) -> tuple[Runner, Tuning]:
@@ -225,6 +236,10 @@ class ChEESWarmup:
     @property
     def _rule(self) -> DualAveraging:
         return DualAveraging(self.accept)
+
+    @property
+    def _learn(self) -> Learn:
+        return Learn(self.harmonic, self.learning_rate, self.thrift, self.longest, self.widest)
 
     def _arrived(self, learnt: Learnt) -> Learnt:
         """Chains that are lost go where others are, and the scale comes from where those are."""
@@ -248,31 +263,38 @@ class ChEESWarmup:
 
 @dataclass(frozen=True)
 class Learn:
-    """What is learnt from one iteration of all chains; straight-line code."""
+    """What is learnt from one iteration of all chains; straight-line code.
 
-    warmup: ChEESWarmup
+    The attributes are those of `ChEESWarmup` of the same names.
+    """
+
+    harmonic: bool
+    learning_rate: float
+    thrift: float
+    longest: float
+    widest: float
 
     def __call__(
         self,
         tuning: Tuning,
         step: Averaging,
         length: LengthSearch,
-        iteration: Tensor,
+        wanted: Tensor,
+        settled: Tensor,
         begin: Phase,
         end: Phase,
         info: Info,
     ) -> tuple[Tuning, Averaging, LengthSearch]:
-        """Tuning and searches a step on."""
-        warmup = self.warmup
-        accept = 1 / (1 / info.accept).mean() if warmup.harmonic else info.accept.mean()
-        step = DualAveraging(warmup.accept).update(step, accept)
-        step_size = step.step_size.clamp(max=warmup.widest)
-        length = self._length(length, tuning, iteration, begin, end, info)
+        """Tuning and searches a step on; `wanted` is the acceptance to aim at, and the length changes if `settled`."""
+        accept = 1 / (1 / info.accept).mean() if self.harmonic else info.accept.mean()
+        step = averaged(step, wanted, accept)
+        step_size = step.step_size.clamp(max=self.widest)
+        length = self._length(length, tuning, settled, begin, end, info)
         longest = torch.maximum(length.log_length.exp(), step_size)  # at least a stride
         return Tuning(step_size, tuning.scale, longest), step, length
 
     def _length(
-        self, search: LengthSearch, tuning: Tuning, iteration: Tensor, begin: Phase, end: Phase, info: Info
+        self, search: LengthSearch, tuning: Tuning, settled: Tensor, begin: Phase, end: Phase, info: Info
     ) -> LengthSearch:
         """Adam, without momentum, on an estimate of the gradient of ChEES by log T."""
         weight = info.accept / info.accept.sum().clamp(min=torch.finfo(info.accept.dtype).tiny)
@@ -283,18 +305,15 @@ class Learn:
         gain = after.square().sum(-1) - before.square().sum(-1)
         time = tuning.step_size * info.evaluations / 2
         outward = (after * torch.where(sound, end.momentum, 0.0)).sum(-1)
-        slope = weight @ (time * gain * outward - self.warmup.thrift / 4 * gain.square())
+        slope = weight @ (time * gain * outward - self.thrift / 4 * gain.square())
         count = search.count + 1
         square = torch.where(
             search.square > 0, torch.lerp(slope.square(), search.square, 0.95), slope.square()
         )
         rate = slope / (square.sqrt() + torch.finfo(slope.dtype).tiny)
-        settled = iteration >= round(SETTLED * self.warmup.iterations)
-        log_length = search.log_length + settled * self.warmup.learning_rate * rate
+        log_length = search.log_length + settled * self.learning_rate * rate
         # Shorter than a stride makes no difference, and the way back would be long.
-        log_length = torch.maximum(log_length, tuning.step_size.log()).clamp(
-            max=math.log(self.warmup.longest)
-        )
+        log_length = torch.maximum(log_length, tuning.step_size.log()).clamp(max=math.log(self.longest))
         average = torch.lerp(search.average, log_length, count**-0.5)
         return LengthSearch(count, square, log_length, average)
 
@@ -312,40 +331,16 @@ def milestones(iterations: int, parts: tuple[float, ...]) -> tuple[int, ...]:
     return tuple(max(round(part * iterations), 1) for part in parts)
 
 
-def matched(draws: Moments, slopes: Moments) -> Spread:
-    """The geometric mean of the covariance of draws and the inverse covariance of gradients, from their moments.
-
-    As `curvature`, for more points than can be kept: right for a normal target before chains have mixed. Without
-    correlations where there are fewer points than four a dimension.
-    """
-    x, g = covariance(draws).covariance, covariance(slopes).covariance
-    worth = draws.count.sum()
-    tiny = torch.finfo(x.dtype).tiny
-    if x.dim() == 1:
-        return Spread((x / g.clamp(min=tiny)).sqrt(), worth)
-    deviation = (x.diagonal() / g.diagonal().clamp(min=tiny)).pow(0.25)
-    if bool(worth < 4 * len(deviation)):
-        return Spread(deviation.square(), worth)
-    outer = torch.outer(deviation, deviation)  # in these units both are of order 1
-    ridge = 1e-6 * torch.eye(len(deviation), dtype=x.dtype, device=x.device)
-    root, failed = torch.linalg.cholesky_ex(x / outer + ridge)
-    if bool(failed) or not bool(root.isfinite().all()):
-        return Spread(deviation.square(), worth)
-    values, vectors = torch.linalg.eigh(root.mT @ (g * outer + ridge) @ root)
-    half = root @ (vectors * values.clamp(min=tiny).pow(-0.25))
-    return Spread(half @ half.mT * outer, worth)
-
-
 def trusted(found: Spread, dense: bool) -> Tensor:
     """The scale of a covariance, of the shape wanted."""
     return shaped(scale_of(found, dense), dense)
 
 
 def shaped(scale: Tensor, dense: bool) -> Tensor:
-    """The scale as `[d, d]` if dense, else as `[d]`: of one shape for one recording."""
+    """The scale as `[d, d]` if dense, else as `[d]`: of one shape and layout, for one recording."""
     if dense and scale.dim() == 1:
         return torch.diag(scale)
-    return scale.norm(dim=-1) if scale.dim() == 2 and not dense else scale
+    return scale.norm(dim=-1) if scale.dim() == 2 and not dense else scale.contiguous()
 
 
 def resettled(state: Any, log_density: Tensor) -> Any:

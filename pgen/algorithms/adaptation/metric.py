@@ -145,8 +145,34 @@ def curvature(position: Tensor, gradient: Tensor, dense: bool) -> Spread:
     if bool(failed):
         return Spread(variance, worth)
     values, vectors = torch.linalg.eigh(root.mT @ (g.mT @ g / n * ridge) @ root)
-    half = root @ (vectors * values.clamp(min=torch.finfo(x.dtype).tiny) ** -0.25)
+    # Gradients far from the mode may be collinear, up to rounding: what is below it is noise of either sign.
+    least = 100 * d * torch.finfo(x.dtype).eps * values[-1].clamp(min=torch.finfo(x.dtype).tiny)
+    half = root @ (vectors * values.clamp(min=least) ** -0.25)
     return Spread(half @ half.mT * deviation * deviation[:, None], worth)
+
+
+def matched(draws: Moments, slopes: Moments) -> Spread:
+    """The geometric mean of the covariance of draws and the inverse covariance of gradients, from their moments.
+
+    As `curvature`, for more points than can be kept: right for a normal target before chains have mixed. Without
+    correlations where there are fewer points than four a dimension.
+    """
+    x, g = covariance(draws).covariance, covariance(slopes).covariance
+    worth = draws.count.sum()
+    tiny = torch.finfo(x.dtype).tiny
+    if x.dim() == 1:
+        return Spread((x / g.clamp(min=tiny)).sqrt(), worth)
+    deviation = (x.diagonal() / g.diagonal().clamp(min=tiny)).pow(0.25)
+    if bool(worth < 4 * len(deviation)):
+        return Spread(deviation.square(), worth)
+    outer = torch.outer(deviation, deviation)  # in these units both are of order 1
+    ridge = 1e-6 * torch.eye(len(deviation), dtype=x.dtype, device=x.device)
+    root, failed = torch.linalg.cholesky_ex(x / outer + ridge)
+    if bool(failed) or not bool(root.isfinite().all()):
+        return Spread(deviation.square(), worth)
+    values, vectors = torch.linalg.eigh(root.mT @ (g * outer + ridge) @ root)
+    half = root @ (vectors * values.clamp(min=tiny).pow(-0.25))
+    return Spread(half @ half.mT * outer, worth)
 
 
 def lost(log_density: Tensor, slack: float = 1.0) -> Tensor:
@@ -160,6 +186,12 @@ def lost(log_density: Tensor, slack: float = 1.0) -> Tensor:
     centre = log_density[finite].median()
     usual = 1.4826 * (log_density[finite] - centre).abs().median()
     return ~finite | (log_density < centre - slack * (10 * usual + 10))
+
+
+def arrived(log_density: Tensor) -> Tensor:
+    """Chains `[C]` that are not `lost`; all of them, where none is known to be there."""
+    there = ~lost(log_density)
+    return there if bool(there.any()) else ~there
 
 
 def _squares(rows: Tensor, dense: bool) -> Tensor:

@@ -78,11 +78,22 @@ class DualAveraging:
 
     def update(self, at: Averaging, accept: Tensor) -> Averaging:
         """After iterations at `at.step_size` whose mean acceptance probability was `accept` `[]`."""
-        count = at.count + 1
-        shortfall = at.shortfall + self.accept - accept.nan_to_num(nan=0.0)
-        log_step = at.centre - count.sqrt() / (self.gain * (count + self.delay)) * shortfall
-        weight = count**-self.decay
-        return Averaging(log_step, torch.lerp(at.log_mean, log_step, weight), shortfall, count, at.centre)
+        return averaged(at, self.accept, accept, self.gain, self.delay, self.decay)
+
+
+def averaged(
+    at: Averaging,
+    wanted: Tensor | float,
+    accept: Tensor,
+    gain: float = 0.05,
+    delay: float = 10.0,
+    decay: float = 0.75,
+) -> Averaging:
+    """`DualAveraging.update`, with the acceptance probability that is wanted as an argument."""
+    count = at.count + 1
+    shortfall = at.shortfall + wanted - accept.nan_to_num(nan=0.0)
+    log_step = at.centre - count.sqrt() / (gain * (count + delay)) * shortfall
+    return Averaging(log_step, torch.lerp(at.log_mean, log_step, count**-decay), shortfall, count, at.centre)
 
 
 def crossing(

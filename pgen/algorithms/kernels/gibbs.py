@@ -190,7 +190,7 @@ def _draw(state: GibbsState, block: Block, states: int, ragged: bool, target: Di
     if ragged:  # what lies past the last value of this block was tried to fill the row
         past = torch.arange(states, device=z.device) >= block.states
         log_density = log_density.masked_fill(past, -math.inf)
-    pick = _categorical(log_density.softmax(1))
+    pick = pick_of(log_density.softmax(1))
     z = block.assign(z, (code + pick) % block.states).squeeze(1)
     return GibbsState(z, log_density.gather(1, pick).squeeze(1))
 
@@ -272,7 +272,7 @@ class GibbsWithGradients:
         logits = self._logits(state.position, state.gradient)
         for _ in range(self.moves):
             z, log_density, _ = state
-            pick = _categorical(logits.exp())  # [C, 1]: i K + k
+            pick = pick_of(logits.exp())  # [C, 1]: i K + k
             variable, value = pick // values, pick % values
             back = variable * values + z.gather(1, variable)
             new = z.scatter(1, variable, value)
@@ -305,11 +305,11 @@ class GibbsWithGradients:
 # --- small parts ---
 
 
-def _categorical(probabilities: Tensor) -> Tensor:
-    """A draw from each row of `[C, K]`, `[C, 1]`, by one uniform number; 0 where no entry is a possible one."""
-    ends = probabilities.cumsum(1)
-    last = ends[:, -1:]
-    return (ends <= torch.rand_like(last) * last).sum(1, keepdim=True).clamp(max=ends.shape[1] - 1)
+def pick_of(probabilities: Tensor) -> Tensor:
+    """A draw from each row of `[..., K]`, `[..., 1]`, by one uniform number; 0 where no entry is a possible one."""
+    ends = probabilities.cumsum(-1)
+    last = ends[..., -1:]
+    return (ends <= torch.rand_like(last) * last).sum(-1, keepdim=True).clamp(max=ends.shape[-1] - 1)
 
 
 def _info(accept: Tensor, log_density: Tensor, evaluations: int) -> Info:

@@ -7,7 +7,8 @@
     precision.py   the same operations in double precision
     outputs.py     what others see besides numbers: shared memory
     replay.py      a tape as one Python function; buffers.py: memory for it
-    inductor.py    a tape as one native function
+    inductor.py    a tape as one native function: products.py, draws.py (apart from it), compiling.py (in another
+                   process), libraries.py (what that leaves on disk), machine.py
     verify.py      whether these give what the function gave
     recording.py   all of these, once
     recorded.py    `record`: a recording for every kind of arguments

@@ -43,6 +43,7 @@ class Builder:
         self.reader = {i: op for op in tape.ops for i in op.reads()}
         self.constants = {i: c for i, c in tape.constants.items() if i not in tape.live and i not in guarded}
         self.ops: list[Op] = []
+        self.added: dict[int, Tensor] = {}  # constants that the old tape did not have
         self.fresh = tape.fresh()
 
     def run(self, rules: Iterable[tuple[frozenset[Any] | None, Callable[[Builder, Op], Ref | None]]]) -> Tape:
@@ -70,7 +71,18 @@ class Builder:
                 names[op.out.index] = new.index
                 self.uses[new.index] += self.uses[op.out.index]
         outputs = [names.get(i, i) for i in self.tape.outputs]
-        return Tape(self.tape.inputs, self.tape.constants, self.ops, outputs, self.tape.live)
+        return self.written(outputs)
+
+    def written(self, outputs: list[int]) -> Tape:
+        """The tape as it is by now."""
+        constants = {**self.tape.constants, **self.added}
+        return Tape(self.tape.inputs, constants, self.ops, outputs, self.tape.live)
+
+    def constant(self, value: Tensor) -> Ref:
+        """A tensor that is the same in every run."""
+        found, self.fresh = Ref(self.fresh), self.fresh + 1
+        self.added[found.index] = self.constants[found.index] = self.values[found.index] = value
+        return found
 
     def emit(self, func: Any, *args: Any, **kwargs: Any) -> Ref:
         """The result of another operation."""

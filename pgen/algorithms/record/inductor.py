@@ -3,38 +3,39 @@
     draws      random operations, and what these need: by torch, in the function's order
     the rest   compiled, from inputs, captured tensors and draws to results
 
-Inductor's own random numbers on the CPU are others than torch's, and 8 to 12 times slower.
-
-The compiler runs in a process of its own. It is large, takes a while to import, and changes settings, warnings and the
-state of torch's random generator on its way; here nothing of it is ever loaded. What it leaves is a library on disk,
-which this and later processes load in a millisecond.
+The compiler runs in a process of its own (see `compiling.py`); here nothing of it is ever loaded. What it leaves is a
+library on disk, which this and later processes load in a millisecond.
 """
 
 from __future__ import annotations
 
 import hashlib
-import operator
-import os
 import pickle
+import shutil
 import subprocess
 import sys
 import tempfile
 import warnings
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from pgen.algorithms.record.buffers import plan_of
-from pgen.algorithms.record.replay import Replay, replay_of
-from pgen.algorithms.record.tape import Op, Ref, Tape, mapped
+from pgen.algorithms.record.compiling import Order
+from pgen.algorithms.record.draws import apart, with_masks
+from pgen.algorithms.record.libraries import Libraries
+from pgen.algorithms.record.machine import processor
+from pgen.algorithms.record.products import with_products
+from pgen.algorithms.record.replay import Replay, buffered
+from pgen.algorithms.record.tape import Tape
 from pgen.algorithms.record.verify import Trial, aside
 
 _EVERY = 16  # calls between looks at the other process
+_SAID = "said"  # the file with its complaints
 _ROOT = str(Path(__file__).parents[3])
 
 
@@ -46,15 +47,20 @@ class NotCompiled(UserWarning):
 class Inductor:
     """Makes compiled replays: a `compiler` for `Recorded`.
 
+    Captured tensors go in by reference at every call, so an optimiser may change them in place.
+
     Attributes:
         folder: where libraries are kept; by default `pgen/compiled` in the user's cache directory (`XDG_CACHE_HOME`, or
-            `~/.cache`).
+            `~/.cache`). To load a library is to run it: a folder that others can write to is refused.
         wait: until the compiler is done; else operations are replayed one by one until then, and from some call on
             results differ from before by round-off, which call being a matter of the clock.
+        compare: a library that comes later with the operations, before it takes their place. A caller who compares
+            replays with the function anyway, and knows how far they may be apart, can do without.
     """
 
     folder: Path | None = None
     wait: bool = True
+    compare: bool = True
 
     def __call__(self, tape: Tape, inputs: Sequence[Tensor]) -> Replay:
         """The compiled replay of a tape.
@@ -66,87 +72,66 @@ class Inductor:
         Raises:
             RuntimeError: it cannot be compiled; the message says why.
         """
-        task = _Task.of(tape, inputs)
-        path = self._place() / f"{task.name()}.so"
-        if not path.exists():
-            process = _started(task, path)
-            if not self.wait:
-                return _Later(task, path, process, tape, inputs)
-            _, error = process.communicate()
-            if process.returncode != 0:
-                raise RuntimeError(_told(error))
-        return task.loaded(path)
-
-    def _place(self) -> Path:
-        if self.folder is not None:
-            return Path(self.folder)
-        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        return Path(home) / "pgen" / "compiled"
+        libraries = Libraries.at(self.folder)
+        task = Task.of(tape, inputs)
+        found = libraries.find(task.name)
+        if found is not None:
+            return task.loaded(found)
+        compiling = Compiling(task, libraries)
+        if not self.wait:
+            return _Later(compiling, tape, inputs, self.compare)
+        return compiling.result()
 
 
 @dataclass(frozen=True)
-class _Task:
+class Task:
     """What is compiled, and what is done around it.
 
     Attributes:
         draws: gives what depends on chance, from the inputs.
         rest: the operations to compile, whose inputs are those of the tape, captured tensors, and draws.
         captured: the captured tensors.
-        example: shapes, strides, types and devices of all inputs.
+        order: the same operations as plain values.
         outputs: for each result its place among the compiled ones, or minus one minus its place among the inputs.
     """
 
     draws: Replay
     rest: Tape
     captured: tuple[Tensor, ...]
-    example: tuple[Any, ...]
+    order: Order
     outputs: tuple[int, ...]
 
     @staticmethod
-    def of(tape: Tape, inputs: Sequence[Tensor]) -> _Task:
+    def of(tape: Tape, inputs: Sequence[Tensor]) -> Task:
         """Take a tape apart."""
-        draws, rest, drawn = _apart(tape)
-        given = [*tape.inputs, *rest.constants, *drawn]
-        captured = tuple(rest.constants.values())
-        with aside(), Trial.on(tape, inputs).copies() as copies:
-            tensors = [*copies, *captured, *draws(*copies)]
+        with aside():
+            trial = Trial.on(tape, inputs)
+            values = trial.values(tape)
+            tape = with_masks(with_products(tape, values), values)
+            draws, rest, drawn = apart(tape)
+            captured = tuple(rest.constants.values())
+            with trial.copies() as copies:
+                tensors = [*copies, *captured, *draws(*copies)]
         if any(t.device.type != "cpu" for t in tensors):
             raise RuntimeError("only tensors in main memory are compiled for")
-        example = tuple((tuple(t.shape), t.stride(), t.dtype) for t in tensors)
+        given = [*tape.inputs, *rest.constants, *drawn]
         made = {i for op in rest.ops for i in op.gives()} - set(given)
         results = list(dict.fromkeys(i for i in tape.outputs if i in made))
         outputs = tuple(results.index(i) if i in made else -1 - given.index(i) for i in tape.outputs)
-        return _Task(draws, Tape(given, {}, rest.ops, results), captured, example, outputs)
+        rest = Tape(given, {}, rest.ops, results)
+        example = [(tuple(t.shape), t.stride(), t.dtype) for t in tensors]
+        return Task(draws, rest, captured, Order.of(rest, example), outputs)
 
+    @cached_property
     def name(self) -> str:
         """The same for the same operations on the same kind of machine."""
-        machine = (
-            torch.__version__,
-            torch.backends.cpu.get_cpu_capability(),
-            torch.get_num_threads(),
-            sys.platform,
-        )
-        return hashlib.sha256(repr((machine, self.written(), self.example)).encode()).hexdigest()[:32]
+        machine = (torch.__version__, torch.backends.cpu.get_cpu_capability(), processor(), sys.platform)
+        written = repr((machine, torch.get_num_threads(), self.order))
+        return hashlib.sha256(written.encode()).hexdigest()[:32]
 
-    def written(self) -> Any:
-        """The operations as plain values."""
-        numbers = {i: at for at, i in enumerate(self.rest.inputs)}
-        for op in self.rest.ops:
-            for i in op.gives():
-                numbers.setdefault(i, len(numbers))
-
-        def plain(tree: Any) -> Any:
-            return mapped(tree, lambda leaf: Ref(numbers[leaf.index]) if isinstance(leaf, Ref) else leaf)
-
-        ops = [
-            (op.func._schema.name, op.func._overloadname, plain(op.args), plain(op.kwargs), plain(op.out))
-            for op in self.rest.ops
-        ]
-        return ops, [numbers[i] for i in self.rest.outputs]
-
-    def loaded(self, path: Path) -> Replay:
+    def loaded(self, library: Path) -> Replay:
         """The replay, with the library."""
-        runner = torch._C._aoti.AOTIModelContainerRunnerCpu(str(path), 1)  # type: ignore[attr-defined]
+        runner = torch._C._aoti.AOTIModelContainerRunnerCpu(str(library), 1)  # type: ignore[attr-defined]
         run, captured, draws, outputs = runner.run, self.captured, self.draws, self.outputs
         if outputs == tuple(range(len(outputs))):
             return lambda *inputs: tuple(run([*inputs, *captured, *draws(*inputs)]))
@@ -159,114 +144,89 @@ class _Task:
         return replay
 
 
-def _apart(tape: Tape) -> tuple[Replay, Tape, list[int]]:
-    """A replay of what draws; the tape of what is left; and the numbers that go from one to the other."""
-    needed: set[int] = set()
-    for op in tape.ops:
-        if op.random:
-            needed.update((*op.reads(), *op.gives()))
-    draws: list[Op] = []
-    rest: list[Op] = []
-    for op in reversed(tape.ops):
-        if op.random or not needed.isdisjoint((*op.gives(), *op.writes())):
-            draws.append(op)
-            needed.update(op.reads())
-        else:
-            rest.append(op)
-    draws, rest = draws[::-1], rest[::-1]
-    read = {i for op in rest for i in op.reads()} | set(tape.outputs)
-    given = dict.fromkeys(i for op in draws for i in op.gives())
-    drawn = [i for i in given if i in read and i not in tape.constants and i not in tape.inputs]
-    constants = {i: constant for i, constant in tape.constants.items() if i in read}
-    return (
-        replay_of(replace(tape, ops=draws, outputs=drawn)),
-        replace(tape, constants=constants, ops=rest),
-        drawn,
-    )
+class Compiling:
+    """A process that compiles a task; it ends with this object, if not before."""
+
+    def __init__(self, task: Task, libraries: Libraries) -> None:
+        self._task, self._libraries = task, libraries
+        self._work = Path(tempfile.mkdtemp(prefix="work-", dir=libraries.folder))
+        self._process = started(task, libraries.folder, self._work)
+        self._end = weakref.finalize(self, _stop, self._process, self._work)
+
+    def is_done(self) -> bool:
+        """Whether the process has ended, in one way or another."""
+        return self._process.poll() is not None
+
+    def result(self) -> Replay:
+        """The compiled replay, after some waiting if need be.
+
+        Raises:
+            RuntimeError: it failed; the message says why.
+        """
+        failed = self._process.wait() != 0
+        said = (self._work / _SAID).read_text(errors="replace")
+        self._end()
+        library = self._libraries.find(self._task.name)
+        if failed or library is None:
+            raise RuntimeError(_told(said))
+        return self._task.loaded(library)
 
 
 class _Later:
     """A replay, operation by operation, that becomes the compiled one when that is there."""
 
-    def __init__(
-        self, task: _Task, path: Path, process: subprocess.Popen[str], tape: Tape, inputs: Sequence[Tensor]
-    ) -> None:
+    def __init__(self, compiling: Compiling, tape: Tape, inputs: Sequence[Tensor], compare: bool) -> None:
         with aside():
-            values = Trial.on(tape, inputs).values(tape)
-        self._replay = replay_of(tape, {i: v.nbytes for i, v in values.items()}, plan_of(tape, values))
-        self._task, self._path, self._tape, self._calls = task, path, tape, 0
-        self._process: subprocess.Popen[str] | None = process
-        self._end = weakref.finalize(self, process.kill)
+            self._replay = buffered(tape, Trial.on(tape, inputs).values(tape))
+        self._compiling: Compiling | None = compiling
+        self._tape, self._compare, self._calls = tape, compare, 0
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         self._calls += 1
-        if self._process is not None and self._calls % _EVERY == 0 and self._process.poll() is not None:
-            self._swap(self._process, inputs)
+        if self._compiling is not None and self._calls % _EVERY == 0 and self._compiling.is_done():
+            self._swap(self._compiling, inputs)
         return self._replay(*inputs)
 
-    def _swap(self, process: subprocess.Popen[str], inputs: Sequence[Tensor]) -> None:
-        self._process = None
-        self._end.detach()
-        _, error = process.communicate()
-        why = _told(error) if process.returncode != 0 else None
-        if why is None:
-            compiled = self._task.loaded(self._path)
-            trial = Trial.on(self._tape, inputs)
-            with aside():
-                why = trial.outcome(compiled).differs(trial.outcome(self._replay))
+    def _swap(self, compiling: Compiling, inputs: Sequence[Tensor]) -> None:
+        self._compiling = None
+        try:
+            compiled = compiling.result()
+        except RuntimeError as error:
+            why: str | None = str(error)
+        else:
+            why = self._difference(compiled, inputs) if self._compare else None
             if why is None:
                 self._replay = compiled
                 return
         warnings.warn(f"not compiled, so slower: {why}", NotCompiled, stacklevel=4)
 
+    def _difference(self, compiled: Replay, inputs: Sequence[Tensor]) -> str | None:
+        with aside():
+            trial = Trial.on(self._tape, inputs)
+            found = trial.outcome(compiled).differs(trial.outcome(self._replay))
+        return None if found is None else f"compiled, it gives other numbers: {found}"
 
-def _started(task: _Task, path: Path) -> subprocess.Popen[str]:
-    """A process that compiles a task into a library at a path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    code = f"import sys; sys.path.insert(0, {_ROOT!r}); from pgen.algorithms.record import inductor; inductor._compile()"
-    with tempfile.TemporaryFile() as file:  # a pipe would wait for the other process to read
-        pickle.dump((torch.get_num_threads(), str(path), task.written(), task.example), file)
+
+def started(task: Task, folder: Path, work: Path) -> subprocess.Popen[bytes]:
+    """A process that compiles a task into a library in a folder, with another folder for all else."""
+    code = f"import sys; sys.path.insert(0, {_ROOT!r}); from pgen.algorithms.record import compiling; compiling.main()"
+    # Pipes would wait for the other side to read.
+    with tempfile.TemporaryFile() as file, (work / _SAID).open("wb") as said:
+        pickle.dump((torch.get_num_threads(), str(folder), str(work), task.name, task.order), file)
         file.seek(0)
         return subprocess.Popen(
-            [sys.executable, "-c", code],
-            stdin=file,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
+            [sys.executable, "-c", code], stdin=file, stdout=subprocess.DEVNULL, stderr=said
         )
 
 
-def _compile() -> None:
-    """Compile what is read from standard input: what the other process does."""
-    from torch import _inductor, fx  # the compiler: more than a second, and only there
-
-    threads, path, (ops, outputs), example = pickle.load(sys.stdin.buffer)  # noqa: S301 - of our own making
-    torch.set_num_threads(threads)
-    graph = fx.Graph()
-    nodes: dict[int, Any] = {i: graph.placeholder(f"v{i}") for i in range(len(example))}
-    for name, overload, args, kwargs, out in ops:
-        namespace, _, function = name.partition("::")
-        func = getattr(getattr(getattr(torch.ops, namespace), function), overload or "default")
-        args, kwargs = mapped(
-            (args, kwargs), lambda leaf: nodes[leaf.index] if isinstance(leaf, Ref) else leaf
-        )
-        node = graph.call_function(func, args, kwargs)
-        if isinstance(out, Ref):
-            nodes[out.index] = node
-        else:
-            for place, part in enumerate(out or ()):
-                if isinstance(part, Ref):
-                    nodes[part.index] = graph.call_function(operator.getitem, (node, place))
-    graph.output(tuple(nodes[i] for i in outputs))
-    tensors = tuple(torch.empty_strided(size, stride, dtype=kind) for size, stride, kind in example)
-    with torch.no_grad(), tempfile.TemporaryDirectory(dir=Path(path).parent) as folder:
-        options = {"aot_inductor.output_path": str(Path(folder) / "model.so")}
-        made = _inductor.aot_compile(fx.GraphModule(torch.nn.Module(), graph), tensors, options=options)
-        os.replace(str(made), path)
+def _stop(process: subprocess.Popen[bytes], work: Path) -> None:
+    process.kill()
+    process.wait()
+    shutil.rmtree(work, ignore_errors=True)
 
 
-def _told(error: str | None) -> str:
+def _told(said: str) -> str:
     """The line of a compiler's complaints that says most."""
-    lines = [line.strip() for line in (error or "").splitlines() if line.strip()]
-    said = [line for line in lines if "error" in line.lower()]
-    return (said or lines or ["the compiler failed"])[-1][:300]
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    errors = [line for line in lines if "error" in line.lower()]
+    return (errors or lines or ["the compiler failed"])[-1][:300]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, ParamSpec, TypeVar
@@ -20,6 +21,9 @@ from pgen.algorithms.record.verify import uncast
 P = ParamSpec("P")
 R = TypeVar("R")
 
+_IN_TURN = (
+    threading.RLock()
+)  # functions call what belongs to the process, such as Pyro's handlers; replays do not
 _MANY = 32  # kinds of arguments after which something is wrong
 
 
@@ -85,7 +89,8 @@ class Recorded(Generic[P, R]):
         if found is None or _transforms() is not None:
             return self._as_written(args, kwargs)
         if found is _NONE or (found.watched and self._stale(found)):
-            found = self._record(kind, args, kwargs, tensors)
+            with _IN_TURN:
+                found = self._record(kind, args, kwargs, tensors)
             if found is None:
                 return self._as_written(args, kwargs)
         if found.written and found.entangled(tensors):
@@ -114,7 +119,7 @@ class Recorded(Generic[P, R]):
     def _as_written(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R:
         """The function itself, on tensors cut off from any graph as those of a replay are."""
         args, kwargs = mapped((args, kwargs), _detached)
-        with torch.enable_grad():
+        with _IN_TURN, torch.enable_grad():
             return mapped(self.fn(*args, **kwargs), _detached)
 
     def _stale(self, found: Recording) -> bool:

@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pgen.algorithms.record.tape import Op, Ref, Tape, WithGrad, is_random, mapped, memory, refs_in, written
-from pgen.algorithms.record.verify import whole
+from pgen.algorithms.record.verify import World, copied, dice, whole
 
 _HERE = str(Path(__file__).parents[2])
 _LIBRARIES = (str(Path(torch.__file__).parent), _HERE, "<frozen", "<string>", "<recorded>")
@@ -82,6 +82,8 @@ class Recorder(TorchDispatchMode):
         self.varying = self.own | {memory(tensor) for tensor in live}  # that depends on inputs or on chance
         self.saved: list[tuple[Tensor, Tensor]] = []
         self.generators: dict[int, tuple[torch.Generator, Tensor]] = {}
+        self.left: dict[int, Tensor] = {}  # states of generators, as the latest operation left them
+        self.second = False  # in a second run, no generator is met for the first time
 
     def tape(self, outputs: Iterable[Tensor]) -> Tape:
         """What was recorded, with these results."""
@@ -116,10 +118,14 @@ class Recorder(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         writes = list(tensors_in(written(func, args, kwargs)))
-        self._save(writes, [*args, *kwargs.values()])
+        self._save(writes)
+        for generator in _generators_in(args, kwargs):
+            self._follow(generator)
         named = self._named((args, kwargs))
         varies = is_random(func) or any(self.varies(t) for t in tensors_in((args, kwargs)))
         found = func(*args, **kwargs)
+        for generator in _generators_in(args, kwargs):
+            self.left[id(generator)] = generator.get_state()
         given = list(tensors_in(found))
         if not given and found is not None and not isinstance(found, (tuple, list)):
             if varies and str(func) not in _OF_SHAPES:
@@ -139,16 +145,24 @@ class Recorder(TorchDispatchMode):
                 self.varying.add(memory(tensor))
         return found
 
-    def _save(self, writes: Sequence[Tensor], arguments: Sequence[Any]) -> None:
+    def _save(self, writes: Sequence[Tensor]) -> None:
         """Keep what this run changes and others will see."""
         for tensor in writes:
             if memory(tensor) not in self.own:
                 place = whole(tensor)
                 self.saved.append((place, place.clone()))
                 self.own.add(memory(tensor))
-        for argument in arguments:
-            if isinstance(argument, torch.Generator) and id(argument) not in self.generators:
-                self.generators[id(argument)] = (argument, argument.get_state())
+
+    def _follow(self, generator: torch.Generator) -> None:
+        """Check that nothing but recorded operations moves a generator."""
+        state, left = generator.get_state(), self.left.get(id(generator))
+        if (left is None and self.second) or (left is not None and not torch.equal(state, left)):
+            raise Unrecordable(
+                "a random generator that is made, or seeded, in every run",
+                where_now(),
+                "a recording would go on with it where it was left; make it and seed it once, outside",
+            )
+        self.generators.setdefault(id(generator), (generator, state))
 
     def _fixed_shape(self, func: Any, args: tuple[Any, ...]) -> bool:
         """Whether an indexing gives a shape that no value decides: by integers, or by masks that never change."""
@@ -240,6 +254,8 @@ def recorded_run(fn: Callable[..., Any], recorder: Recorder) -> tuple[Tape, Any]
         raise Unrecordable(
             "random numbers of Python's or NumPy's", None, "a recording would repeat them; draw them by torch"
         )
+    if recorder.generators:
+        _run_again(fn, recorder)
     for tensor in recorder.originals.values():
         grad = tensor.grad if tensor.requires_grad and tensor.is_leaf else None
         if (
@@ -255,9 +271,34 @@ def recorded_run(fn: Callable[..., Any], recorder: Recorder) -> tuple[Tape, Any]
     return recorder.tape(tensors_in(result)), result
 
 
+def _run_again(fn: Callable[..., Any], recorder: Recorder) -> None:
+    """Raise unless a second run takes its generators from where they happen to be; all is put back as it was.
+
+    A generator that is seeded before its first use looks, in one run, like any other.
+    """
+    generators = [generator for generator, _ in recorder.generators.values()]
+    world = World(
+        dice(), [(g, g.get_state()) for g in generators], [(t, t.clone()) for t, _ in recorder.saved]
+    )
+    again = Recorder([copied(t) for t in recorder.held[: len(recorder.inputs)]])
+    again.second = True
+    try:
+        for generator in generators:
+            generator.manual_seed(generator.initial_seed() ^ 1)
+            again.left[id(generator)] = generator.get_state()
+        with again, _Exits(again):
+            fn(*again.held)
+    finally:
+        world.restore()
+
+
 def tape_of(fn: Callable[..., Any], inputs: Sequence[Tensor]) -> tuple[Tape, Any]:
     """The tape of one run of a function, and its result; see `recorded_run`."""
     return recorded_run(fn, Recorder(inputs))
+
+
+def _generators_in(args: Sequence[Any], kwargs: dict[str, Any]) -> list[torch.Generator]:
+    return [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Generator)]
 
 
 def tensors_in(tree: Any) -> Iterable[Tensor]:

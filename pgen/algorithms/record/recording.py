@@ -14,12 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pgen.algorithms.record.buffers import plan_of
 from pgen.algorithms.record.inductor import NotCompiled
 from pgen.algorithms.record.outputs import independent
 from pgen.algorithms.record.precision import lifted
 from pgen.algorithms.record.recorder import Recorder, Unrecordable, recorded_run, tensors_in
-from pgen.algorithms.record.replay import Replay, rebuilder_of, replay_of
+from pgen.algorithms.record.replay import Replay, buffered, rebuilder_of, replay_of
 from pgen.algorithms.record.simplify import MISTAKES, fastest
 from pgen.algorithms.record.tape import Ref, Tape, mapped, memory
 from pgen.algorithms.record.verify import Outcome, Trial, World, aside, copied, dice, unseen
@@ -188,7 +187,7 @@ def _shorter(
     try:
         tape = independent(tape, trial.values(tape), taped.tape, first, captured)
         values = trial.values(tape)
-        replay = replay_of(tape, {i: v.nbytes for i, v in values.items()}, plan_of(tape, values))
+        replay = buffered(tape, values)
         difference = trial.outcome(replay).differs(taped.outcome)
         if difference is None:
             return tape, replay, trouble

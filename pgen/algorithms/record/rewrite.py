@@ -1,10 +1,13 @@
 """Rules that make arithmetic cheaper without changing it, to round-off.
 
+    unchanged     x + 0, x * 1: x, however it lies in memory
+    never         exp(x) < 0 is false; what is masked or chosen by constants is not masked or chosen
     unexpanded    f(expand(x)) = expand(f(x)): element by element, what repeats is computed once
     merged        (x - a) - b = x - (a + b), (x a) b = x (a b), -(x a) = x (-a), for constants a and b
     one_view      a view of a view is a view
     one_sum       a sum of a sum is a sum
     not_indexed   x[[0, 1, 2]] is x
+    restacked     slices of a tensor put together again (see `stacks.py`)
     one_total     sums of many terms (see `sums.py`)
 
 Each is a function of the builder and one operation, and gives what to put in the place of the result, or None.
@@ -18,6 +21,7 @@ from typing import Any
 import torch
 
 from pgen.algorithms.record.builder import Builder
+from pgen.algorithms.record.stacks import restacked, sum_of_selected
 from pgen.algorithms.record.sums import VIEWS, is_zero, one_total
 from pgen.algorithms.record.tape import Op, Ref, memory
 from pgen.algorithms.record.verify import layout
@@ -27,6 +31,56 @@ aten = torch.ops.aten
 _EXPAND = aten.expand.default
 _ADD, _SUB, _NEG = aten.add.Tensor, aten.sub.Tensor, aten.neg.default
 _MUL, _DIV = aten.mul.Tensor, aten.div.Tensor
+
+
+#: Operations that do nothing to a tensor with this number, and whether it may come first.
+NEUTRAL: dict[Any, tuple[float, bool]] = {
+    aten.add.Tensor: (0.0, True), aten.sub.Tensor: (0.0, False), aten.add.Scalar: (0.0, False),
+    aten.sub.Scalar: (0.0, False), aten.mul.Tensor: (1.0, True), aten.mul.Scalar: (1.0, False),
+    aten.div.Tensor: (1.0, False), aten.div.Scalar: (1.0, False), aten.pow.Tensor_Scalar: (1.0, False),
+}  # fmt: skip
+_POSITIVE = (aten.exp.default, aten.sigmoid.default, aten.softplus.default, aten.square.default)
+
+
+def unchanged(b: Builder, op: Op) -> Ref | None:
+    """What a neutral number is added to, or multiplied by."""
+    if len(op.args) != 2 or op.kwargs:
+        return None
+    neutral, both = NEUTRAL[op.func]
+    for kept, other in [(op.args[0], op.args[1]), (op.args[1], op.args[0])][: 1 + both]:
+        if isinstance(kept, Ref) and _all(b, other, neutral) and b.like(kept, op) is not None:
+            return kept
+    return None
+
+
+def never(b: Builder, op: Op) -> Ref | None:
+    """Whether a positive number is below zero: a support's check that a bijection onto it has made needless."""
+    least = op.args[1]
+    below = (op.func is aten.lt.Scalar and least <= 0) or (op.func is aten.le.Scalar and least < 0)
+    if not below or b.maker(op.args[0], *_POSITIVE) is None:
+        return None
+    value = b.value(op.out)
+    return b.constant(value.new_zeros(()).expand(value.shape))
+
+
+def decided(b: Builder, op: Op) -> Ref | None:
+    """What a constant mask leaves as it is, or a constant condition chooses."""
+    if op.func is aten.where.self:
+        condition, yes, no = op.args
+        kept = yes if _all(b, condition, True) else no if _all(b, condition, False) else None
+    else:
+        kept = op.args[0] if _all(b, op.args[1], False) else None
+    return b.like(kept, op) if isinstance(kept, Ref) else None
+
+
+def _all(b: Builder, argument: Any, number: float) -> bool:
+    """Whether an argument is this number, in every element and in every run."""
+    if not b.is_constant(argument):
+        return False
+    if not isinstance(argument, Ref):
+        return argument == number
+    value = b.value(argument)
+    return not value.is_meta and bool((value == number).all())
 
 
 def unexpanded(b: Builder, op: Op) -> Ref | None:
@@ -274,6 +328,9 @@ _SMALL = 1 << 16
 
 RULES = (
     (None, unexpanded),
+    (frozenset(NEUTRAL), unchanged),
+    (frozenset({aten.lt.Scalar, aten.le.Scalar}), never),
+    (frozenset({aten.masked_fill.Scalar, aten.where.self}), decided),
     (
         frozenset({aten.unsqueeze.default, aten.permute.default, aten.transpose.int, aten.t.default}),
         views_of_expanded,
@@ -281,8 +338,10 @@ RULES = (
     (frozenset({aten.reshape.default}), sum_viewed),
     (VIEWS, one_view),
     (frozenset({aten.sum.dim_IntList}), one_sum),
+    (frozenset({aten.sum.dim_IntList}), sum_of_selected),
     (frozenset({aten.index.Tensor, aten.index_put.default}), not_indexed),
     (frozenset({_ADD, _SUB, _NEG, aten.add.Scalar, aten.sub.Scalar, aten.rsub.Scalar}), merged_terms),
     (frozenset({_MUL, _DIV, _NEG, aten.mul.Scalar, aten.div.Scalar}), merged_factors),
+    (frozenset({aten.stack.default}), restacked),
     (frozenset({_ADD}), one_total),
 )

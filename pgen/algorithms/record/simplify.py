@@ -31,7 +31,7 @@ from pgen.algorithms.record.builder import Builder, is_free
 from pgen.algorithms.record.columns import columned, unrolled
 from pgen.algorithms.record.cost import cost
 from pgen.algorithms.record.outputs import steady
-from pgen.algorithms.record.rewrite import RULES
+from pgen.algorithms.record.rewrite import NEUTRAL, RULES
 from pgen.algorithms.record.tape import Op, Ref, Tape, memory
 from pgen.algorithms.record.together import together
 from pgen.algorithms.record.verify import Trial, close
@@ -252,7 +252,7 @@ def _same_as(op: Op, values: Values, tape: Tape) -> int | None:
         source = op.args[1] if op.func is aten.copy.default else op.args[0]
         found = isinstance(source, Ref) and _alike(values[source.index], values[op.out.index])
         return source.index if found else None
-    rule = _NEUTRAL.get(op.func)
+    rule = NEUTRAL.get(op.func)
     if rule is None or len(op.args) != 2 or op.kwargs:
         return None
     neutral, both = rule
@@ -261,13 +261,6 @@ def _same_as(op: Op, values: Values, tape: Tape) -> int | None:
         if alike and is_all(other, neutral, tape):
             return kept.index
     return None
-
-
-_NEUTRAL: dict[Any, tuple[float, bool]] = {
-    aten.add.Tensor: (0.0, True), aten.sub.Tensor: (0.0, False), aten.add.Scalar: (0.0, False),
-    aten.sub.Scalar: (0.0, False), aten.mul.Tensor: (1.0, True), aten.mul.Scalar: (1.0, False),
-    aten.div.Tensor: (1.0, False), aten.div.Scalar: (1.0, False), aten.pow.Tensor_Scalar: (1.0, False),
-}  # fmt: skip
 
 
 def is_all(argument: Any, number: float, tape: Tape) -> bool:

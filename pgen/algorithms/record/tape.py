@@ -6,7 +6,7 @@ value: passes over it (see `simplify.py`) take one and give another.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any
@@ -36,12 +36,12 @@ class Op:
         """As torch prints it: `aten.add.Tensor`."""
         return str(self.func)
 
-    @property
+    @cached_property
     def random(self) -> bool:
         """Whether it draws from the random generator."""
         return is_random(self.func)
 
-    @property
+    @cached_property
     def movable(self) -> bool:
         """Whether it does nothing but give its results, so that it can be left out, merged or computed in advance.
 
@@ -63,14 +63,18 @@ class Op:
 
     @cached_property
     def _numbers(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        changed = written(self.func, self.args, self.kwargs)
-        return tuple(refs_in((self.args, self.kwargs))), tuple(refs_in(self.out)), tuple(refs_in(changed))
+        changed = () if self.movable else written(self.func, self.args, self.kwargs)
+        read = refs_in(self.args)
+        if self.kwargs:
+            read += refs_in(self.kwargs)
+        return tuple(read), tuple(refs_in(self.out)), tuple(refs_in(changed))
 
     def renamed(self, names: Mapping[int, int]) -> Op:
         """The same operation on tensors with other numbers; what it gives keeps its own."""
         if names.keys().isdisjoint(self.reads()):
             return self
-        return Op(self.func, renamed(self.args, names), renamed(self.kwargs, names), self.out)
+        kwargs = renamed(self.kwargs, names) if self.kwargs else self.kwargs
+        return Op(self.func, renamed(self.args, names), kwargs, self.out)
 
 
 @dataclass(frozen=True)
@@ -190,16 +194,19 @@ def memory(value: Tensor) -> int:
         return id(value)
 
 
-def refs_in(tree: Any) -> Iterable[int]:
+def refs_in(tree: Any) -> list[int]:
     """The numbers in nested arguments, in order."""
-    if isinstance(tree, Ref):
-        yield tree.index
-    elif isinstance(tree, (tuple, list)):
-        for item in tree:
-            yield from refs_in(item)
-    elif isinstance(tree, dict):
-        for item in tree.values():
-            yield from refs_in(item)
+    if type(tree) is Ref:
+        return [tree.index]
+    found: list[int] = []
+    if isinstance(tree, (tuple, list, dict)):
+        for item in tree.values() if isinstance(tree, dict) else tree:
+            kind = type(item)
+            if kind is Ref:
+                found.append(item.index)
+            elif kind not in _LEAVES:
+                found += refs_in(item)
+    return found
 
 
 def mapped(tree: Any, change: Callable[[Any], Any]) -> Any:
@@ -214,14 +221,25 @@ def mapped(tree: Any, change: Callable[[Any], Any]) -> Any:
 
 def renamed(tree: Any, names: Mapping[int, int]) -> Any:
     """Nested arguments with other numbers."""
-    return mapped(
-        tree, lambda leaf: Ref(names.get(leaf.index, leaf.index)) if isinstance(leaf, Ref) else leaf
-    )
+    kind = type(tree)
+    if kind is Ref:
+        return Ref(names[tree.index]) if tree.index in names else tree
+    if kind is tuple or kind is list:
+        return kind([item if type(item) in _LEAVES else renamed(item, names) for item in tree])
+    return mapped(tree, lambda leaf: renamed(leaf, names)) if kind is dict else tree
 
 
 def with_values(tree: Any, values: Mapping[int, Tensor]) -> Any:
     """Nested arguments with tensors in place of their numbers."""
-    return mapped(tree, lambda leaf: values[leaf.index] if isinstance(leaf, Ref) else leaf)
+    kind = type(tree)
+    if kind is Ref:
+        return values[tree.index]
+    if kind is tuple or kind is list:
+        return kind([item if type(item) in _LEAVES else with_values(item, values) for item in tree])
+    return mapped(tree, lambda leaf: with_values(leaf, values)) if kind is dict else tree
+
+
+_LEAVES = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout})
 
 
 def bind(names: Any, found: Any, values: dict[int, Tensor]) -> None:

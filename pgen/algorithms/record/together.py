@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pgen.algorithms.record.builder import Builder, is_free
 from pgen.algorithms.record.recorder import tape_of
+from pgen.algorithms.record.stacks import selected
 from pgen.algorithms.record.tape import Op, Ref, Tape, mapped
 
 Values = dict[int, Tensor]
@@ -104,7 +105,6 @@ class _Stacker:
         self.members: dict[int, _Member] = {}  # numbers that are slices of a stack
         self.single: dict[int, int] = {}  # and their own tensors, where someone wants one
         self.sizes: dict[int, int] = {}
-        self.constants = dict(tape.constants)
         self.known: dict[Any, Tape | None] = {}
 
     def run(self) -> Tape:
@@ -120,7 +120,7 @@ class _Stacker:
                         self.b.ops.append(op.renamed(self.singles(op.reads())))
         names = self.singles(self.tape.outputs)
         outputs = [names.get(i, i) for i in self.tape.outputs]
-        return Tape(self.tape.inputs, self.constants, self.b.ops, outputs, self.tape.live)
+        return self.b.written(outputs)
 
     def kind(self, op: Op) -> Any:
         """What operations must have in common to be done at once; None if it has to be done alone."""
@@ -175,7 +175,7 @@ class _Stacker:
             for i, o in zip(batched.inputs, operands, strict=True)
         }
         for i, constant in batched.constants.items():
-            names[i] = self.constant(constant)
+            names[i] = self.b.constant(constant).index
         for op in batched.ops:
             new = op.renamed(names)
             found = self.b.emit(new.func, *new.args, **new.kwargs)
@@ -199,24 +199,12 @@ class _Stacker:
         """Operands along a new first dimension."""
         b = self.b
         if all(i in b.constants for i in column):
-            return Ref(self.constant(torch.stack([b.constants[i] for i in column])))
+            return b.constant(torch.stack([b.constants[i] for i in column]))
         if all(i in self.members for i in column):
             whole = self.members[column[0]].stack
-            at = [self.members[i].at for i in column]
-            if at == list(range(self.sizes[whole])):
-                return Ref(whole)
-            if at == list(range(at[0], at[0] + len(at))):
-                return b.emit(aten.slice.Tensor, Ref(whole), 0, at[0], at[0] + len(at))
-            index = self.constant(torch.tensor(at, device=b.values[whole].device))
-            return b.emit(aten.index_select.default, Ref(whole), 0, Ref(index))
+            return selected(b, Ref(whole), 0, [self.members[i].at for i in column])
         names = self.singles(column)
         return b.emit(aten.stack.default, [Ref(names.get(i, i)) for i in column])
-
-    def constant(self, value: Tensor) -> int:
-        b = self.b
-        number, b.fresh = b.fresh, b.fresh + 1
-        self.constants[number] = b.constants[number] = b.values[number] = value
-        return number
 
     def batched(self, op: Op, shared: tuple[bool, ...], n: int) -> Tape | None:
         """The operations that do one operation on stacks, if they are few."""

@@ -8,6 +8,7 @@ what no rule foresees.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from pgen.algorithms.record.tape import Tape, memory
 
 _SLACK = 2048  # units of rounding, relative to the largest number
+_here = threading.local()
 _COARSEST = 0.05  # for types in which that would be everything
 
 
@@ -53,13 +55,15 @@ class World:
     def restore(self) -> None:
         """Put everything back."""
         torch.set_rng_state(self.dice[0])
-        if len(self.dice) > 1:
-            torch.cuda.set_rng_state_all(list(self.dice[1:]))
+        for device, state in zip(_devices(), self.dice[1:], strict=True):
+            torch.cuda.set_rng_state(state, device)
         for generator, state in self.generators:
             generator.set_state(state)
         with torch.no_grad():
             for tensor, copy in self.saved:
-                tensor.copy_(copy)
+                # Whoever watches a tensor is not to think that it was changed, when it was not.
+                if not torch.equal(tensor.view(torch.uint8), copy.view(torch.uint8)):
+                    tensor.copy_(copy)
 
     def found(self) -> list[Tensor]:
         """The same things as they are now, copied."""
@@ -72,8 +76,24 @@ class World:
 
 def dice() -> tuple[Tensor, ...]:
     """States of torch's random generators."""
-    on_devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    return (torch.get_rng_state(), *on_devices)
+    return (torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in _devices()))
+
+
+def _devices() -> Sequence[int | torch.device]:
+    """The CUDA devices whose generators are looked at and put back."""
+    if not torch.cuda.is_initialized():
+        return ()
+    return getattr(_here, "devices", None) or range(torch.cuda.device_count())
+
+
+@contextlib.contextmanager
+def confined(device: torch.device) -> Iterator[None]:
+    """In this thread all is computed on one device: recordings leave the generators of others alone, for their threads."""
+    _here.devices = [device]
+    try:
+        yield
+    finally:
+        del _here.devices
 
 
 @contextlib.contextmanager
@@ -192,7 +212,7 @@ def close(one: Tensor, other: Tensor, *, strides: bool = True) -> bool:
     if one.numel() == 0 or torch.equal(one, other):
         return True
     finite = torch.isfinite(one)
-    scale = float(one.abs().where(finite, torch.zeros((), dtype=one.abs().dtype)).max())
+    scale = float(one.abs().where(finite, 0).max())
     slack = min(_SLACK * torch.finfo(one.dtype).eps, _COARSEST)
     return torch.allclose(one, other, rtol=slack, atol=slack * scale, equal_nan=True)
 

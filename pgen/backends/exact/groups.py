@@ -78,7 +78,7 @@ def predicted(structure: Structure, given: Collection[str]) -> frozenset[str]:
             kind is not None
             and kind != "conjugate"
             and all(_kind(structure.sites[p]) == kind for p in parents)
-            and (kind != "finite" or outside_plates(structure, parents, (name,)) is None)
+            and (kind != "finite" or not outside_plates(structure, parents, (name,)))
         ):
             found.add(name)
     return frozenset(found)
@@ -134,7 +134,9 @@ def _method(structure: Structure, latents: tuple[str, ...], sites: frozenset[str
     kinds = {name: _kind(structure.sites[name]) for name in latents}
     if set(kinds.values()) == {"finite"}:
         lost = _followed(structure, latents)
-        lost = outside_plates(structure, latents, sites) if lost is None else lost
+        if lost is None:
+            outside = outside_plates(structure, latents, sites)
+            lost = next((outside[name] for name in latents if name in outside), None)
         return "finite" if lost is None else lost
     odd = next(name for name in latents if kinds[name] != "finite")
     if "finite" in kinds.values():

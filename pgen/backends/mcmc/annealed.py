@@ -84,7 +84,9 @@ class Tempered:
         reference = reference_of(position)
         x = torch.randn_like(position[:1].expand(self.chains, -1))
         path = reference.path(self.target)
-        return Columns(self.kernel.init(x, path), self.kernel.untuned(x), reference, torch.tensor(0))
+        return Columns(
+            self.kernel.init(x, path), self.kernel.untuned(x), reference, torch.tensor(0, device="cpu")
+        )
 
     def warm(self, state: Columns) -> tuple[Columns, int]:
         """A round of the warm-up, and how many iterations it took."""

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from pgen.backends.mcmc.chains import Chains
-from pgen.backends.mcmc.ledger import Block, Memory, plain
+from pgen.backends.mcmc.groups import Groups, saved_groups
 from pgen.capability import Estimate
 from pgen.density import Density
 from pgen.draws import Draws
@@ -39,7 +38,7 @@ class Sampled:
     structure: Structure
     density: Density
     functions: Functions
-    chains: Chains
+    chains: Groups
     draws: int
     read: Callable[[Tensor], dict[str, Tensor]]
 
@@ -52,16 +51,18 @@ class Sampled:
         count = self.chains.count
         per = max(self.draws, -(-n // count))
         self.chains.extend(per)
-        block = self.chains.ledger.read()
+        block = self.chains.read()
         chains = min(count, n)
-        picked = torch.randperm(count)[:chains].sort().values
+        # Which draws are left out is up to chance: that of the CPU, the same for every device.
+        picked = torch.randperm(count, device="cpu")[:chains].sort().values.to(block.positions.device)
         each, more = divmod(n, chains)
-        shift = float(torch.rand(()))  # which draws are left out is up to chance
+        shift = float(torch.rand((), device="cpu"))
 
         def gathered(values: Tensor) -> Tensor:
             parts = []
             for columns, k in ((picked[:more], each + 1), (picked[more:], each)):
-                rows = ((torch.arange(k) + shift) * min(per, len(values)) / max(k, 1)).long()
+                steps = torch.arange(k, device=values.device) + shift
+                rows = (steps * min(per, len(values)) / max(k, 1)).long()
                 parts.append(values[rows][:, columns].transpose(0, 1).flatten(0, 1))
             return torch.cat(parts)
 
@@ -71,11 +72,11 @@ class Sampled:
         """Log densities at positions `[n, d]`, on unconstrained vectors, finite latents summed out: `lp`."""
         if self.density.held or not self.density.size:
             return {}
-        return {"lp": self.target_in_parts(positions)[0]}
+        return {"lp": self.target_in_parts(positions)[0] - self.density.volume(positions)}
 
     def target_in_parts(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """The target at any number of positions, as many at a time as there are chains: what it is recorded for."""
-        size, n = self.chains.count, len(positions)
+        """The target at any number of positions, as many at a time as it is recorded for."""
+        size, n = self.chains.width, len(positions)
         whole = torch.cat([positions, positions[:1].expand(-n % size, -1)])
         found = [self.functions.target(part.contiguous()) for part in whole.split(size)]
         return torch.cat([value for value, _ in found])[:n], torch.cat([slope for _, slope in found])[:n]
@@ -104,15 +105,16 @@ class Posterior:
 
     Attributes:
         fitted: the problem that was fitted.
-        sample_others: makes chains for other data, by the same options.
-        evidence: estimates the log of the normaliser.
+        sample_others: makes chains for other data, by the same options, in so many groups.
+        evidence: estimates the log of the normaliser of a problem, from its chains if it needs them.
     """
 
     fitted: Sampled
-    sample_others: Callable[[Problem, Structure], Sampled]
-    evidence: Callable[[Sampled], Estimate]
+    sample_others: Callable[[Problem, Structure, int | None], Sampled]
+    evidence: Callable[[Problem, Structure, Callable[[], Sampled]], Estimate]
     history: History = field(default_factory=History)
     parameters: None = None
+    groups: int | None = None  # of the chains that were loaded, whatever devices there are now
     _other: Sampled | None = None
 
     def sample(self, n: int) -> Mapping[str, Tensor]:
@@ -139,50 +141,34 @@ class Posterior:
         self.history = self.fitted.chains.history()
 
     def log_prob(self, problem: Problem, structure: Structure) -> Estimate:
-        """Log of the evidence, estimated."""
-        return self.evidence(self._of(problem, structure))
+        """Log of the evidence, estimated; of each row, where rows share no latent."""
+        return self.evidence(problem, structure, partial(self._of, problem, structure))
 
     def tensors(self) -> Mapping[str, Tensor]:
         """All draws, statistics, and the state of the chains."""
-        found = self.fitted.chains.ledger.last()
-        if found is None:
-            return {}
-        phase, done, state = found
-        tensors = {f"state/{i}": leaf for i, leaf in enumerate(_leaves(state))}
-        tensors["done"] = torch.tensor([phase == "draws", done, self.fitted.draws])
-        if phase == "draws":
-            block = self.fitted.chains.ledger.read()
-            tensors |= {"positions": block.positions} | {f"stats/{k}": v for k, v in block.stats.items()}
-        return tensors
+        saved = self.fitted.chains.saved()
+        return {**saved, "draws": torch.tensor(self.fitted.draws, device="cpu")} if saved else {}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Take saved chains over."""
-        if "done" not in tensors:
+        if "draws" not in tensors:
             return
-        drawn, done, self.fitted.draws = (int(x) for x in tensors["done"])
-        chains = self.fitted.chains
-        with torch.random.fork_rng():
-            template = chains.template()
-        template = chains.sampler.ready(template) if drawn else template
-        leaves = iter([tensors[f"state/{i}"] for i in range(sum(k.startswith("state/") for k in tensors))])
-        state = plain(_refilled(template, leaves))
-        ledger = Memory()
-        if drawn:
-            stats = {k.partition("/")[2]: v for k, v in tensors.items() if k.startswith("stats/")}
-            ledger.drawn(Block(tensors["positions"], stats), state)
-        else:
-            ledger.warmed(done, state)
-        chains.ledger = ledger
+        self.groups = saved_groups(tensors)
+        if self.groups != len(self.fitted.chains.members):
+            self.fitted = self.sample_others(self.fitted.problem, self.fitted.structure, self.groups)
+        self.fitted.draws = int(tensors["draws"])
+        self.fitted.chains.restore(tensors)
 
     def _of(self, problem: Problem, structure: Structure) -> Sampled:
-        if _same(problem, self.fitted.problem):
+        if same_data(problem, self.fitted.problem):
             return self.fitted
-        if self._other is None or not _same(problem, self._other.problem):
-            self._other = self.sample_others(problem, structure)
+        if self._other is None or not same_data(problem, self._other.problem):
+            self._other = self.sample_others(problem, structure, self.groups)
         return self._other
 
 
-def _same(one: Problem, other: Problem) -> bool:
+def same_data(one: Problem, other: Problem) -> bool:
+    """Whether two problems hold the same inputs and observations."""
     if one is other:
         return True
     for a, b in ((one.inputs, other.inputs), (one.observations, other.observations)):
@@ -191,17 +177,3 @@ def _same(one: Problem, other: Problem) -> bool:
         ):
             return False
     return True
-
-
-def _leaves(state: Any) -> list[Tensor]:
-    if isinstance(state, tuple):
-        return [leaf for item in state for leaf in _leaves(item)]
-    return [torch.as_tensor(state)]
-
-
-def _refilled(template: Any, leaves: Any) -> Any:
-    if not isinstance(template, tuple):
-        leaf = next(leaves)
-        return leaf if isinstance(template, Tensor) else type(template)(leaf.item())
-    items = [_refilled(item, leaves) for item in template]
-    return type(template)(*items) if hasattr(template, "_fields") else tuple(items)

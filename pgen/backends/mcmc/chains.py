@@ -6,23 +6,22 @@
     state, block = sampler.run(state, BLOCK) ... seed (seed, "draws", draws done)
 
 What a block gives is a function of the seed, of its place and of the state before it, so that chains can be put away
-after any block and taken up again, by this process or another, with the same draws to the bit.
+after any block and taken up again, by this process or another, with the same draws to the bit; and so that chains of
+other groups can have their turn between two blocks (see `groups.py`).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from pgen.backends.mcmc.ledger import Block, Ledger, Shards, laid_out, plain, typed
-from pgen.history import History
+from pgen.backends.mcmc.ledger import Block, Ledger, Memory, Shards, laid_out, leaves, plain, refilled, typed
 from pgen.observers import Audience
-from pgen.threads import Work, threads_restored, use_threads
 from pgen.training.batches import derive
 
 BLOCK = 100  # draws of each chain between two states that can be saved
@@ -59,7 +58,7 @@ class Sampler(Protocol):
 
 @dataclass
 class Chains:
-    """Chains of one posterior.
+    """A group of chains of one posterior, which learn from each other, on one device.
 
     Attributes:
         sampler: moves them.
@@ -67,6 +66,8 @@ class Chains:
         count: C.
         seed: determines every draw.
         ledger: keeps the draws.
+        device: where they are.
+        audience: is told of every block.
         seconds: spent on warm-up and on draws, in this process.
     """
 
@@ -75,6 +76,7 @@ class Chains:
     count: int
     seed: int
     ledger: Ledger
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     audience: Audience = field(default_factory=lambda: Audience(()))
     seconds: dict[str, float] = field(default_factory=lambda: {"warmup": 0.0, "draws": 0.0})
 
@@ -83,76 +85,89 @@ class Chains:
         torch.manual_seed(derive(self.seed, "mcmc", "start"))
         return self.sampler.begin(self.start())
 
-    def extend(self, draws: int) -> None:
-        """Go on until every chain has at least so many draws; Ctrl-C keeps those that are there."""
+    def has(self, draws: int) -> bool:
+        """Whether every chain has so many draws."""
         last = self.ledger.last()
-        if last is not None and last[0] == "draws" and last[1] >= draws:
-            return
-        with threads_restored() as available:
-            with Work() as work:
-                begun = self.template()
-            use_threads(work.threads(available))
-            self._extend(begun, draws, last or ("warmup", 0, plain(begun)))
+        return last is not None and last[0] == "draws" and last[1] >= draws
 
-    def _extend(self, begun: Any, draws: int, last: tuple[str, int, Any]) -> None:
-        phase, done, saved = last
+    def advance(
+        self, begun: Any, draws: int, seeded: Callable[[int], object] = torch.manual_seed
+    ) -> Iterator[None]:
+        """Go on until every chain has at least so many draws, pausing after every block.
+
+        What is not yet on disk is written at the end, and where the iterator is closed or a block raises.
+
+        Args:
+            begun: a `template`.
+            draws: of each chain.
+            seeded: seeds the generators that these chains draw from.
+        """
+        phase, done, saved = self.ledger.last() or ("warmup", 0, plain(begun))
         try:
             if phase == "warmup":
-                saved, done = self._warmed(typed(saved, begun), done), 0
-                state = laid_out(self.sampler.ready(saved))
+                state = typed(saved, begun)
+                while not self.sampler.warmed(state):
+                    state, done = self._warm(state, done, seeded)
+                    yield
+                state, done = laid_out(self.sampler.ready(state)), 0
             else:
                 state = typed(saved, self.sampler.ready(begun))
-            self._drawn(state, done, draws)
-        except KeyboardInterrupt:
-            there = self.ledger.last()
-            if there is None or there[0] != "draws":
-                raise
+            while done < draws:
+                state, done = self._draw(state, done, seeded)
+                yield
         finally:
             if isinstance(self.ledger, Shards) and self.ledger.pending:
                 self.ledger.flush(self._newest)
 
-    def _warmed(self, state: Any, done: int) -> Any:
+    def _warm(self, state: Any, done: int, seeded: Callable[[int], object]) -> tuple[Any, int]:
         began = time.perf_counter()
-        while not self.sampler.warmed(state):
-            torch.manual_seed(derive(self.seed, "mcmc", "warmup", done))
-            state, iterations = self.sampler.warm(state)
-            state = laid_out(state)
-            done += iterations
-            self.ledger.warmed(done, plain(state))
-            self.audience.step(done - 1, {"warmup": done})
+        seeded(derive(self.seed, "mcmc", "warmup", done))
+        state, iterations = self.sampler.warm(state)
+        state, done = laid_out(state), done + iterations
+        self.ledger.warmed(done, plain(state))
+        self.audience.step(done - 1, {"warmup": done})
         self.seconds["warmup"] += time.perf_counter() - began
-        return state
+        return state, done
 
-    def _drawn(self, state: Any, done: int, draws: int) -> None:
+    def _draw(self, state: Any, done: int, seeded: Callable[[int], object]) -> tuple[Any, int]:
         began = time.perf_counter()
-        while done < draws:
-            torch.manual_seed(derive(self.seed, "mcmc", "draws", done))
-            state, block = self.sampler.run(state, BLOCK)
-            state = laid_out(state)
-            self._newest = plain(state)
-            self.ledger.drawn(block, self._newest)
-            done += len(block)
-            self.audience.step(self.sampler.warmup + done - 1, _report(block))
+        seeded(derive(self.seed, "mcmc", "draws", done))
+        state, block = self.sampler.run(state, BLOCK)
+        state, done = laid_out(state), done + len(block)
+        self._newest = plain(state)
+        self.ledger.drawn(block, self._newest)
+        self.audience.step(self.sampler.warmup + done - 1, _report(block))
         self.seconds["draws"] += time.perf_counter() - began
+        return state, done
 
-    def history(self) -> History:
-        """Acceptance and log density by draw, means over the chains."""
-        block = self.ledger.read()
-        means = {name: series.double().mean(-1) for name, series in block.stats.items()}
-        total = self.seconds["warmup"] + self.seconds["draws"]
-        times = torch.linspace(self.seconds["warmup"], total, len(block) + 1, dtype=torch.float64)[1:]
-        moved = getattr(self.sampler, "moved", 0)
-        said = (
-            f"{moved} of {self.count} chains had warmed up in a place of hardly any mass, and began anew "
-            "beside others"
-        )
-        return History(
-            metrics={**means, "seconds": times},
-            steps=len(block),
-            seconds=total,
-            seed=self.seed,
-            warnings=(said,) if moved else (),
-        )
+    def saved(self) -> dict[str, Tensor]:
+        """All draws, their statistics, and the state after them, as tensors by name."""
+        found = self.ledger.last()
+        if found is None:
+            return {}
+        phase, done, state = found
+        tensors = {f"state/{i}": leaf for i, leaf in enumerate(leaves(state))}
+        tensors["done"] = torch.tensor([phase == "draws", done], device="cpu")
+        if phase == "draws":
+            block = self.ledger.read()
+            tensors |= {"positions": block.positions} | {f"stats/{k}": v for k, v in block.stats.items()}
+        return tensors
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what another run has `saved`."""
+        drawn, done = (int(x) for x in tensors["done"])
+        with torch.random.fork_rng():
+            template = self.template()
+        template = self.sampler.ready(template) if drawn else template
+        parts = iter([tensors[f"state/{i}"] for i in range(sum(k.startswith("state/") for k in tensors))])
+        state = plain(refilled(template, parts))
+        ledger = Memory()
+        if drawn:
+            stats = {k.partition("/")[2]: v for k, v in tensors.items() if k.startswith("stats/")}
+            ledger.drawn(Block(tensors["positions"], stats).to(self.device), state)
+        else:
+            ledger.warmed(done, state)
+        self.ledger = ledger
 
 
 def _report(block: Block) -> dict[str, float]:

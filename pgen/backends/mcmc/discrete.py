@@ -1,111 +1,60 @@
-"""Chains over continuous and finite latents together: the finite ones drawn in turn, given the others.
+"""Chains over continuous and discrete latents together: the discrete ones drawn in turn, given the others.
 
-A position is `[C, d + m]`: the unconstrained vector, then for every finite latent that is not summed out the index of
-its value, element by element.
+A position is `[C, d + m]`: the unconstrained vector, then for every discrete latent that is not summed out, element by
+element, the index of its value; or, where there is no list of values, the whole number itself.
+
+Elements that do not meet in any term of the density are moved at once (`LocalGibbs`). Where a thousand elements all
+meet, gradients by their one-hot codes say which changes are worth proposing (`GibbsWithGradients`), if the program can be
+run on values between two corners, and if its gradients there tell the truth about the corners.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from pyro import poutine
 from torch import Tensor
 
-from pgen.algorithms.adaptation.metric import covariance, gathered, nothing, scale_of
+from pgen.algorithms.adaptation.metric import Moments, Spread, covariance, gathered, lost, nothing, scale_of
 from pgen.algorithms.adaptation.step_size import Averaging, DualAveraging
-from pgen.algorithms.kernels.base import Info, Tuning, untuned
-from pgen.algorithms.kernels.gibbs import Gibbs, GibbsWithGradients
+from pgen.algorithms.kernels.base import Info, untuned
+from pgen.algorithms.kernels.gibbs import GibbsWithGradients
 from pgen.algorithms.kernels.hmc import HMC
-from pgen.algorithms.kernels.iterate import Wrap, iterate
-from pgen.algorithms.kernels.mixed import Joint, Mixed, MixedState
+from pgen.algorithms.kernels.iterate import Wrap
+from pgen.algorithms.kernels.local import LocalGibbs
+from pgen.algorithms.kernels.mixed import Joint, Mixed, MixedState, MixedTuning
 from pgen.algorithms.record import Recorded
+from pgen.backends.mcmc.blankets import Blankets, blankets
+from pgen.backends.mcmc.flips import Flips, first_choices
 from pgen.backends.mcmc.ledger import Block
 from pgen.backends.mcmc.samplers import Moving, thinned
 from pgen.density import Density
 from pgen.isolation import validating
 
-_MANY = 32  # elements: beyond, a sweep that tries every value of each costs too much
-
-
-@dataclass(frozen=True)
-class Flips:
-    """The finite latents that chains move.
-
-    Attributes:
-        shapes: batch shape of each, by site.
-        supports: values of each, `[K, *event]`.
-        binary: whether all are Bernoulli, whose density can be differentiated by the value.
-    """
-
-    shapes: Mapping[str, torch.Size]
-    supports: Mapping[str, Tensor]
-    binary: bool
-
-    @staticmethod
-    def of(density: Density) -> Flips:
-        """Those of a density."""
-        shapes: dict[str, torch.Size] = {}
-        supports: dict[str, Tensor] = {}
-        with validating(False), torch.no_grad():
-            nodes: Any = poutine.trace(density.problem).get_trace().nodes
-        for name in density.held:
-            fn = nodes[name]["fn"]
-            event = len(fn.event_shape)
-            value = nodes[name]["value"]
-            shapes[name] = value.shape[: value.dim() - event]
-            support = fn.enumerate_support(expand=False)
-            supports[name] = support.reshape(support.shape[:1] + support.shape[support.dim() - event :])
-        kinds = {density.structure.sites[name].distribution for name in density.held}
-        return Flips(shapes, supports, kinds == {"Bernoulli"})
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Elements of each."""
-        return {name: math.prod(shape) for name, shape in self.shapes.items()}
-
-    @property
-    def cardinalities(self) -> tuple[int, ...]:
-        """Numbers of values, element by element."""
-        return tuple(len(self.supports[name]) for name, size in self.sizes.items() for _ in range(size))
-
-    def values(self, z: Tensor) -> dict[str, Tensor]:
-        """Indices `[n, m]` as values `[n, *batch, *event]` by site."""
-        parts = z.long().split(list(self.sizes.values()), -1)
-        return {
-            name: support[part].reshape(len(z), *self.shapes[name], *support.shape[1:])
-            for (name, support), part in zip(self.supports.items(), parts, strict=True)
-        }
-
-    def relaxed(self, x: Tensor) -> dict[str, Tensor]:
-        """One-hot codes `[C, m, 2]` of binary latents as their values, differentiable."""
-        parts = x[..., 1].split(list(self.sizes.values()), -1)
-        return {
-            name: part.reshape(len(x), *self.shapes[name])
-            for name, part in zip(self.sizes, parts, strict=True)
-        }
+_MANY = 300  # groups: beyond, a sweep that tries every value of each takes too long
+_MOVES = 50  # proposals of `GibbsWithGradients` per draw
+_TRIES = 60
+_STEPS_ACCEPTED = 0.44  # best for a random walk in one dimension
 
 
 class Turning(NamedTuple):
     """A warm-up on its way: the chains, their tuning, dual averaging, and how many iterations are done."""
 
     state: MixedState
-    tuning: Tuning
+    tuning: MixedTuning
     averaging: Averaging
     done: Tensor
 
 
 @dataclass
 class InTurn:
-    """Sweeps over the finite latents, and steps of a continuous kernel, alternately."""
+    """Sweeps over the discrete latents, and steps of a continuous kernel, alternately."""
 
     density: Density
     flips: Flips
-    kernel: Any  # `Mixed`, whose positions and targets are pairs
-    target: Any
+    kernel: Mixed
+    target: Joint
     wrap: Wrap
     warmup: int = 400
     accept: float = 0.8
@@ -120,26 +69,47 @@ class InTurn:
         q, z = split(self.density, position)
         tuning = untuned(q, 0.1)
         averaging = DualAveraging(self.accept).init(tuning.step_size)
-        return Turning(self.kernel.init((q, z), self.target), tuning, averaging, torch.tensor(0))
+        widths = z.to(q.dtype).std(0, correction=0).clamp(min=1.0)
+        state = self.kernel.init((q, z), self.target)
+        return Turning(state, MixedTuning(tuning, widths), averaging, torch.tensor(0, device="cpu"))
 
     def warm(self, state: Turning) -> tuple[Turning, int]:
         """One window: the step size by dual averaging, then the scale of what was drawn."""
         done = int(state.done)
         end = next((w for w in self._windows if w > done), done + 1)
-        inner, tuning, averaging, _ = state
-        moments = nothing(inner.position, dense=self.density.size <= 200)
+        inner, (tuning, widths), averaging, _ = state
+        size = self.density.size
+        moments = nothing(inner.position, dense=size <= 200) if size else None
         rule = DualAveraging(self.accept)
-        for _ in range(end - done):
-            inner, positions, info = iterate(self.kernel, inner, tuning, self.target, 1, self.wrap)
+        heights: list[Tensor] = []
+        for i in range(done, end):
+            inner, info = self.kernel.step(inner, MixedTuning(tuning, widths), self.target, self.wrap)
             averaging = rule.update(averaging, info.accept.mean())
             tuning = tuning._replace(step_size=averaging.step_size)
-            moments = gathered(moments, positions)
+            if moments is not None:
+                moments = gathered(moments, inner.position.unsqueeze(0))
+            heights.append(-info.energy)
+            push = 2 * (1 + i) ** -0.5 * (inner.accept - _STEPS_ACCEPTED)
+            widths = (widths * push.exp()).clamp(min=1.0)
         if end < self.warmup:
-            if end - done >= 10:
-                tuning = tuning._replace(scale=scale_of(covariance(moments)))
+            if moments is not None and end - done >= 10:
+                tuning = tuning._replace(scale=scale_of(_within(moments)))
             averaging = rule.init(averaging.averaged)
+            inner = self._rescued(inner, torch.stack(heights[len(heights) // 2 :]).mean(0))
         tuning = tuning._replace(step_size=averaging.averaged)
-        return Turning(inner, tuning, averaging, torch.tensor(end)), end - done
+        return Turning(
+            inner, MixedTuning(tuning, widths), averaging, torch.tensor(end, device="cpu")
+        ), end - done
+
+    def _rescued(self, inner: MixedState, heights: Tensor) -> MixedState:
+        """Chains whose log density `[C]` is hopelessly below that of the others begin anew beside one of them."""
+        astray = lost(heights)
+        if not bool(astray.any()):
+            return inner
+        others = (~astray).nonzero()[:, 0]
+        beside = others[torch.randint(len(others), astray.shape, device=others.device)]
+        source = torch.where(astray, beside, torch.arange(len(astray), device=others.device))
+        return self.kernel.init((inner.position[source], inner.choices[source]), self.target)
 
     def warmed(self, state: Turning) -> bool:
         """Whether all windows are done."""
@@ -155,11 +125,23 @@ class InTurn:
         kept: list[Tensor] = []
         infos: list[Info] = []
         for _ in range(draws):
-            inner, _, info = iterate(self.kernel, inner, state.tuning, self.target, self.thin, self.wrap)
+            inner, info = self.kernel.step(inner, state.tuning, self.target, self.wrap)
+            for _ in range(self.thin - 1):
+                inner, info = self.kernel.step(inner, state.tuning, self.target, self.wrap)
             kept.append(torch.cat([inner.position, inner.choices.to(inner.position.dtype)], 1))
-            infos.append(type(info)(*(part[-1] for part in info)))
+            infos.append(info)
         stacked = Info(*(torch.stack(parts) for parts in zip(*infos, strict=True)))
         return Moving(inner, state.tuning), thinned(torch.stack(kept), stacked, 1)
+
+
+def _within(moments: Moments) -> Spread:
+    """The covariance within chains.
+
+    How far apart the modes are that chains are in, as where labels are exchangeable, says nothing about how far a
+    trajectory should go.
+    """
+    degrees = (moments.count - 1).clamp(min=0).sum().clamp(min=1)
+    return Spread(moments.scatter / degrees, covariance(moments).effective)
 
 
 def in_turn(
@@ -167,41 +149,107 @@ def in_turn(
 ) -> InTurn:
     """The sampler for a density with latents that are neither moved by gradients nor summed out."""
     flips = Flips.of(density)
-    relaxed = flips.binary and len(flips.cardinalities) > _MANY
+    z = first_choices(density, flips, 16)
+    q = torch.zeros(density.size, dtype=torch.float64 if lift else density.dtype, device=z.device)
+    found = blankets(density, flips, q, z)
+    local = LocalGibbs(flips.cardinalities, found.scopes)
 
     def continuous(q: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        if not density.size:  # kernels want something to move: a standard normal that nothing depends on
-            return density.given_choices(q[:, :0], flips.values(z))[0] - q.square().sum(-1) / 2, -q
         return density.given_choices(q, flips.values(z))
 
-    def value(q: Tensor, z: Tensor) -> Tensor:
-        with validating(False), torch.no_grad():
-            q = q[:, : density.size]
-            return torch.vmap(density.given_choice)(q, flips.values(z))
-
-    def slope(q: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        x, q = x.detach().requires_grad_(), q[:, : density.size]
-        with validating(False), torch.enable_grad():
-            found = torch.vmap(density.given_choice)(q, flips.relaxed(x))
-            (gradient,) = torch.autograd.grad(found.sum(), x)
-        return found.detach(), gradient
-
-    discrete: Any = slope if relaxed else value
-    kernel = (GibbsWithGradients if relaxed else Gibbs)(flips.cardinalities)
-    target = Joint(Recorded(continuous, lift=lift), Recorded(discrete, lift=lift))
-    mixed = Mixed(HMC(steps=8), kernel)
+    target = Joint(Recorded(continuous, lift=lift), Recorded(_terms(density, flips, found), lift=lift))
+    kernel: Any = local
+    sweeps = 1
+    if len(local.colours) > _MANY and flips.fixed and not density.finite:
+        slope = Recorded(_slope(density, flips), lift=lift)
+        informed = GibbsWithGradients(flips.cardinalities, dtype=q.dtype)
+        if _truthful(informed, slope, target.discrete, q, z):
+            kernel, sweeps, target = (
+                informed,
+                min(_MOVES, len(flips.cardinalities)),
+                Joint(target.continuous, slope),
+            )
+    mixed = Mixed(HMC(steps=8) if density.size else None, kernel, sweeps, shorter=0.2)
     return InTurn(density, flips, mixed, target, wrap, warmup or 400, accept or 0.8, thin)
 
 
-def first_choices(flips: Flips, chains: int) -> Tensor:
-    """Indices drawn uniformly, `[C, m]`."""
-    return torch.stack([torch.randint(k, (chains,)) for k in flips.cardinalities], 1)
+def _terms(density: Density, flips: Flips, found: Blankets) -> Any:
+    """`(q [C, d], z [C, J, m])` to sums of terms `[C, J, T]`."""
+
+    def one(q: Tensor, z: Tensor) -> Tensor:
+        return found.summed(density.terms(q, flips.values(z)), q)
+
+    def terms(q: Tensor, z: Tensor) -> Tensor:
+        with validating(False), torch.no_grad():
+            return torch.vmap(torch.vmap(one, in_dims=(None, 0)))(q, z)
+
+    return terms
+
+
+def _slope(density: Density, flips: Flips) -> Any:
+    """`(q [C, d], one-hot x [C, m, K])` to log density and gradient by x."""
+
+    def one(q: Tensor, x: Tensor) -> Tensor:
+        return density.relaxed(q, *flips.relaxed(x))
+
+    def slope(q: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.detach().requires_grad_()
+        with validating(False), torch.enable_grad():
+            value = torch.vmap(one)(q, x)
+            (gradient,) = torch.autograd.grad(value.sum(), x)
+        return value.detach(), gradient
+
+    return slope
+
+
+def _truthful(kernel: GibbsWithGradients, slope: Any, terms: Any, q: Tensor, z: Tensor) -> bool:
+    """Whether the program has gradients by one-hot codes, and these tell what changes are worth, on the whole.
+
+    Tried on one random change in each row of z `[C, m]`. (Proposals that gradients mislead would only be refused more often.)
+    """
+    rows = q.expand(len(z), -1)
+    i = torch.randint(z.shape[1], (len(z), 1), device=z.device)
+    sizes = torch.tensor(kernel.cardinalities, device=z.device)[i]
+    k = (
+        z.gather(1, i) + 1 + (torch.rand_like(sizes, dtype=q.dtype) * (sizes - 1).clamp(min=1)).long()
+    ) % sizes
+    try:
+        state = kernel.init(z, lambda x: slope(rows, x))
+    except (RuntimeError, IndexError, TypeError, ValueError):
+        return False
+    worth = terms(rows, torch.stack([z, z.scatter(1, i, k)], 1)).sum(2)
+    gradient = state.gradient.gather(1, i.unsqueeze(2).expand(-1, -1, state.gradient.shape[2])).squeeze(1)
+    guess = (gradient.gather(1, k) - gradient.gather(1, z.gather(1, i))).squeeze(1)
+    actual = worth[:, 1] - worth[:, 0]
+    sound = actual.isfinite() & guess.isfinite()
+    return bool((actual - guess)[sound].abs().mean() < actual[sound].abs().mean())
+
+
+# --- where chains are ---
+
+
+def begun(sampler: InTurn, chains: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Choices `[C, m]` and a vector `[C, d]` to begin with.
+
+    Elements that are impossible there are drawn anew, in ever wider ranges.
+    """
+    density, flips = sampler.density, sampler.flips
+    z = first_choices(density, flips, chains)
+    q = torch.zeros(chains, density.size, dtype=dtype, device=z.device)
+    kernel = sampler.kernel.discrete
+    if not isinstance(kernel, LocalGibbs):
+        return z, q
+    for attempt in range(_TRIES):
+        bad = kernel.impossible(z, sampler.target.discrete(q, z.unsqueeze(1)).squeeze(1))
+        if not bool(bad.any()):
+            break
+        z = torch.where(bad, first_choices(density, flips, chains, spread=2 ** min(attempt, 20)), z)
+    return z, q
 
 
 def split(density: Density, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """The vectors `[n, d]` (`[n, 1]` where there is nothing to move) and the indices `[n, m]` of positions."""
-    width = max(1, density.size)
-    return positions[:, :width], positions[:, width:].long()
+    """The vectors `[n, d]` and the indices `[n, m]` of positions."""
+    return positions[:, : density.size], positions[:, density.size :].round().long()
 
 
 def values_of(density: Density, flips: Flips, positions: Tensor) -> dict[str, Any]:
@@ -209,5 +257,5 @@ def values_of(density: Density, flips: Flips, positions: Tensor) -> dict[str, An
     q, z = split(density, positions)
     held = flips.values(z)
     with validating(False), torch.no_grad():
-        found = torch.vmap(density.value)(q[:, : density.size].to(density.dtype), held)
+        found = torch.vmap(density.value)(q.to(density.dtype), held)
     return {**held, **found}

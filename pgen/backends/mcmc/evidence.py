@@ -28,7 +28,7 @@ def evidence(islands: int, sampled: Sampled) -> Estimate:
     found = evidence_below(arrived.log_evidence)
     return Estimate(
         found.estimate.reshape(1),
-        Exactness.UNNORMALIZED if sampled.structure.factors else Exactness.ESTIMATE,
+        Exactness.UNNORMALIZED if sampled.structure.weighted else Exactness.ESTIMATE,
         stderr=found.stderr.reshape(1),
         measure=sampled.structure.measure,
         dims=observed_scalars(sampled.problem, sampled.structure) * (sampled.problem.rows or 1),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -63,14 +63,42 @@ def laid_out(state: Any) -> Any:
 
 
 def typed(state: Any, template: Any) -> Any:
-    """The inverse of `plain`, by a state of the same kind."""
+    """The inverse of `plain`, by a state of the same kind, on whose devices it is put."""
     if not isinstance(template, tuple):
-        return state
+        return placed(state, template)
     if not isinstance(state, tuple) or len(state) != len(template):
         raise CheckpointError(
             "the saved state is not that of this kernel; load with the backend that was used"
         )
     items = [typed(item, like) for item, like in zip(state, template, strict=True)]
+    return type(template)(*items) if hasattr(template, "_fields") else tuple(items)
+
+
+def placed(leaf: Any, like: Any) -> Any:
+    """A saved leaf on the device of another, whose type it has to have."""
+    if not isinstance(leaf, Tensor) or not isinstance(like, Tensor):
+        return leaf
+    if leaf.dtype != like.dtype:
+        raise CheckpointError(
+            f"the saved chains are in {leaf.dtype}, and would go on in {like.dtype}; give the precision and the kind of "
+            "device that they began with"
+        )
+    return leaf.to(like.device)
+
+
+def leaves(state: Any) -> list[Tensor]:
+    """The tensors of a nested state, in order."""
+    if isinstance(state, tuple):
+        return [leaf for item in state for leaf in leaves(item)]
+    return [state if isinstance(state, Tensor) else torch.tensor(state, device="cpu")]
+
+
+def refilled(template: Any, parts: Iterator[Tensor]) -> Any:
+    """A state of the same kind as another, made of such tensors."""
+    if not isinstance(template, tuple):
+        leaf = next(parts)
+        return placed(leaf, template) if isinstance(template, Tensor) else type(template)(leaf.item())
+    items = [refilled(item, parts) for item in template]
     return type(template)(*items) if hasattr(template, "_fields") else tuple(items)
 
 
@@ -84,6 +112,10 @@ class Block:
     def __len__(self) -> int:
         """Iterations."""
         return len(self.positions)
+
+    def to(self, device: torch.device | str) -> Block:
+        """The same on a device."""
+        return Block(self.positions.to(device), {name: v.to(device) for name, v in self.stats.items()})
 
 
 class Ledger(Protocol):
@@ -141,9 +173,20 @@ def joined(blocks: list[Block]) -> Block:
     )
 
 
+def abreast(blocks: list[Block]) -> Block:
+    """The chains of blocks side by side, as many iterations of each as all have."""
+    if len(blocks) == 1:
+        return blocks[0]
+    n = min(map(len, blocks))
+    return Block(
+        torch.cat([b.positions[:n] for b in blocks], 1),
+        {name: torch.cat([b.stats[name][:n] for b in blocks], 1) for name in blocks[0].stats},
+    )
+
+
 @dataclass
 class Shards:
-    """Draws in a folder, a shard for every so many iterations; memory holds one shard.
+    """Draws in a folder, a shard for every so many iterations; the computer's own memory holds one shard.
 
     Attributes:
         directory: the folder.
@@ -164,7 +207,7 @@ class Shards:
 
     def drawn(self, block: Block, state: Any) -> None:
         """Append; write a shard where enough have come together."""
-        self.pending.append(block)
+        self.pending.append(block.to("cpu"))
         if sum(map(len, self.pending)) >= self.every:
             self.flush(state)
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,15 +19,20 @@ from pgen.algorithms.record import NotRecorded, Recorded
 from pgen.algorithms.tempering import ParallelTempering
 from pgen.backends.mcmc import start
 from pgen.backends.mcmc.annealed import Particles, Tempered
-from pgen.backends.mcmc.answers import Posterior, Sampled
+from pgen.backends.mcmc.answers import Posterior, Sampled, same_data
 from pgen.backends.mcmc.chains import Chains
-from pgen.backends.mcmc.discrete import first_choices, in_turn, values_of
+from pgen.backends.mcmc.discrete import begun, in_turn, values_of
 from pgen.backends.mcmc.evidence import evidence
+from pgen.backends.mcmc.groups import Groups, folder_of, on, seed_of
 from pgen.backends.mcmc.ledger import Ledger, Memory, Shards, digest
 from pgen.backends.mcmc.many import many
 from pgen.backends.mcmc.needs import Needs, needs, offer
+from pgen.backends.mcmc.preconditioned import Preconditioned, transport_from
+from pgen.backends.mcmc.rows import evidence_by_row, independent
 from pgen.backends.mcmc.samplers import KERNELS, Idle, Options, sampler_of
-from pgen.capability import Offer, Refusal
+from pgen.backends.mcmc.sizes import chains_for, draws_for, kernel_for, tried
+from pgen.backends.mcmc.unused import unused
+from pgen.capability import Estimate, Offer, Refusal
 from pgen.density import Density
 from pgen.errors import OptionError
 from pgen.evaluation import Functions, functions_of
@@ -37,12 +42,19 @@ from pgen.registry import hookimpl
 from pgen.run import Run
 from pgen.structure import Structure
 
-_MICROSECONDS = 1.5  # of an operation on few numbers
-_NANOSECONDS = 0.7  # of each number, where there are many
-_FEWEST, _MOST = 32, 128
-_ENOUGH = 20_000  # draws in all
-_FEWER = ((8000, 100), (2000, 200))  # draws of each chain, for programs of more operations than that
-_POOLING = 16  # chains from which on they learn enough from each other for ChEES
+_LONG = 2000  # operations of a log density and its gradient
+
+
+class _Parts(NamedTuple):
+    """What chains on one device are made of."""
+
+    problem: Problem
+    density: Density
+    functions: Functions
+    chains: int
+    sampler: Any
+    begin: Callable[[], Tensor]
+    read: Callable[[Tensor], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -50,15 +62,19 @@ class MCMC:
     r"""Sample the posterior by Markov chains, many side by side.
 
     Exact in the long run, whatever the shape of the posterior; `fitted.summary()` says how far the run is from it.
-    Latents with constraints are moved on unconstrained vectors; finite ones are summed out, and drawn given the rest.
+    Latents with constraints are moved on unconstrained vectors; finite ones are summed out, and drawn given the rest. Discrete
+    ones that cannot be summed out are moved in turn with the others: each element from its conditional (Gibbs), counts without
+    an end by steps of whole numbers (Metropolis), all elements at once that meet in no term of the density.
+    `Run(devices=...)` puts equal groups of chains on several devices, side by side; each group warms up by itself.
 
     Attributes:
-        kernel: `"auto"`, a name, or a kernel object (of `pgen.algorithms.kernels`, or any with `init` and `step`).
+        kernel: `"auto"`, a name, or a kernel object: of `pgen.algorithms.kernels`, or your own, with `init(q, target)` and
+            `step(state, tuning, target)`; see `pgen.algorithms.kernels.foreign`.
             `"nuts"`, `"hmc"`, `"chees"`, `"meads"`: Hamiltonian (auto: `"chees"` for 16 chains or more, else `"nuts"`); `"mala"`, `"ula"`: Langevin; `"random-walk"`: needs no
             gradient; `"sgld"`, `"sghmc"`: gradients of mini-batches, biased; `"tempering"`: for separated modes;
             `"smc"`: tempered particles.
-        chains: how many, side by side; None: as many as cost little more than one, 32 to 128 (4 where the program
-            can only be run for one after the other).
+        chains: how many, side by side; None: as many as cost little more than one, 32 to 256 (4 where the program
+            can only be run for one after the other), on each device.
         warmup: iterations before the first draw; None: what the kernel needs.
         draws: of each chain; None: 20,000 in all, and 400 to 1,000 of each (100 to 200 for programs of thousands of
             operations, such as long loops).
@@ -67,10 +83,16 @@ class MCMC:
         metric: `"auto"`, `"dense"` (learns correlations) or `"diagonal"`.
         max_depth: of the trees of NUTS.
         step_size: of "ula", "sgld" and "sghmc", which do not adapt it; in unconstrained units.
-        init: where chains begin: `"uniform"` (so does `"auto"`) on (-2, 2) in unconstrained space, `"prior"`, `"pathfinder"`, values by
+        init: where chains begin: `"uniform"` (so does `"auto"`, without `precondition`) on (-2, 2) in unconstrained space, `"prior"`, `"pathfinder"`, values by
             site, or another fit of the same latents, whose posterior draws they then are.
+        precondition: a variational fit of the same program and data, with `guide="flow"` (or `"full-rank"`, `"low-rank"`,
+            `"mean-field"`): chains move in the coordinates of its guide, where a posterior that the guide knows well is
+            nearly standard normal, and begin at draws of it. Draws are exact whatever the guide; a poor one only mixes
+            slowly, so give it many particles (`particles=256`, `Run(steps=600, lr=1e-2)`). Other data than the fitted
+            ones are sampled without it.
         enumerate: `"auto"`: finite latents are summed out where they can be; `"none"`: drawn in turn.
-        islands: groups of particles for `log_prob`, whose spread gives its standard error.
+        islands: groups of particles for `log_prob` (of each row, where rows share no latent), whose spread gives its
+            standard error.
         via: conversions to go through, by site.
 
     Example:
@@ -87,6 +109,7 @@ class MCMC:
     """
 
     name: ClassVar[str] = "mcmc"
+    several_devices: ClassVar[bool] = True
 
     kernel: str | Kernel = "auto"
     chains: int | None = None
@@ -98,6 +121,7 @@ class MCMC:
     max_depth: int = 10
     step_size: float = 0.01
     init: str | Mapping[str, Any] | Any = "auto"
+    precondition: Any = None
     enumerate: Literal["auto", "none"] = "auto"
     islands: int = 16
     via: Mapping[str, str] = field(default_factory=dict)
@@ -122,6 +146,8 @@ class MCMC:
         self._one_of("enumerate", ("auto", "none"))
         if isinstance(self.init, str):
             self._one_of("init", ("auto", "uniform", "prior", "pathfinder"), "values by site, or another fit")
+        if self.precondition is not None:
+            object.__setattr__(self, "precondition", transport_from(self.precondition))
 
     def _one_of(self, option: str, values: tuple[str, ...], more: str = "") -> None:
         if getattr(self, option) not in values:
@@ -145,9 +171,15 @@ class MCMC:
         if isinstance(found, Refusal):
             return found
         tied = not structure.data_plates or any(not structure.local(s) for s in structure.latents)
+        evidence = (tied or independent(structure)) and not found.flipped and bool(found.moved or tied)
         kernel = self.kernel if isinstance(self.kernel, str) else type(self.kernel).__name__
-        kernel = self._kernel_for(self.chains) if kernel == "auto" else kernel
-        return offer(structure, found, kernel, tied and not found.flipped)
+        if kernel == "auto":
+            kernel = "hmc" if found.flipped else kernel_for(self.chains)
+        return offer(structure, found, kernel, evidence)
+
+    def unused(self, run: Run) -> Mapping[str, str]:
+        """Options of a run that are set in vain, each with what there is in its place."""
+        return unused(run, batches=self._subsampled)
 
     def _needs(self, structure: Structure) -> Needs | Refusal:
         return needs(structure, self.via, enumerated=self.enumerate == "auto", subsampled=self._subsampled)
@@ -155,10 +187,10 @@ class MCMC:
     def fit(self, problem: Problem, structure: Structure, run: Run) -> Posterior:
         """Warm the chains up and draw."""
         fitted = self._sampled(problem, structure, run, run.directory)
-        answers = Posterior(fitted, partial(self._others, run), partial(evidence, self.islands))
+        answers = Posterior(fitted, partial(self._others, run, problem), partial(self._evidence, run))
         if run.steps != 0:
-            audience = fitted.chains.audience
-            audience.start(run, fitted.chains.sampler.warmup + fitted.draws)
+            audience = fitted.chains.members[0].audience
+            audience.start(run, fitted.chains.warmup + fitted.draws)
             fitted.chains.extend(fitted.draws)
             answers.history = fitted.chains.history()
             audience.finish(answers.history)
@@ -171,7 +203,7 @@ class MCMC:
         found = self._needs(structure)
         if isinstance(found, Refusal) or found.flipped:
             return None
-        density = Density.of(problem.whole(), structure, found.summed)
+        density = self._density(problem, structure, found)
         if not density.size:  # nothing moves: posteriors are drawn at once, one after the other
             return None
         lift = run.precision in (None, "float64") and problem.device.type == "cpu"
@@ -179,71 +211,120 @@ class MCMC:
         options = self._options(chains, run.compile is not False, run)
         return many(density, data, lambda target: self._sampler(options, target), chains, n, run.seed, lift)
 
-    def _others(self, run: Run, problem: Problem, structure: Structure) -> Sampled:
-        return self._sampled(problem, structure, run, None)
+    def _evidence(
+        self, run: Run, problem: Problem, structure: Structure, sampled: Callable[[], Sampled]
+    ) -> Estimate:
+        found = self._needs(structure)
+        if not independent(structure) or isinstance(found, Refusal):
+            return evidence(self.islands, sampled())
+        lift = run.precision in (None, "float64") and problem.device.type == "cpu"
+        return evidence_by_row(problem, structure, found.summed, self.islands, lift)
 
-    def _sampled(self, problem: Problem, structure: Structure, run: Run, directory: Any) -> Sampled:
+    def _others(
+        self, run: Run, fitted: Problem, problem: Problem, structure: Structure, groups: int | None = None
+    ) -> Sampled:
+        places = None if groups is None else (problem.device,) * groups
+        # A guide knows the posterior of the data that it was fitted to.
+        one = self if same_data(problem, fitted) else replace(self, precondition=None)
+        return one._sampled(problem, structure, run, None, places)
+
+    def _sampled(
+        self,
+        problem: Problem,
+        structure: Structure,
+        run: Run,
+        directory: Any,
+        places: Sequence[torch.device] | None = None,
+    ) -> Sampled:
+        """Chains of a problem, a group of them on each of several places; None: as the run says."""
+        places = tuple(run.places if places is None else places) or (problem.device,)
+        one, parts = self._share(len(places)), dict[torch.device, _Parts]()
+        for place in dict.fromkeys(places):
+            parts[place] = one._parts(on(problem, place) if len(places) > 1 else problem, structure, run)
+            one = replace(one, chains=parts[place].chains)  # all groups are of one size
+        first = parts[places[0]]
+        if run.compile is not False and first.functions.way != "recorded":
+            slow = "for one chain after the other" if first.functions.way == "in turn" else "as it is written"
+            warnings.warn(
+                f"{structure.name} runs {slow}, more slowly: {first.functions.why}", NotRecorded, stacklevel=4
+            )
+        groups = [
+            Chains(
+                parts[place].sampler,
+                parts[place].begin,
+                parts[place].chains,
+                seed_of(run.seed, g),
+                self._ledger(run, directory, problem, structure, g, len(places)),
+                place,
+                Audience(() if g else run.watchers()),
+            )
+            for g, place in enumerate(places)
+        ]
+        chains = Groups(groups, aside=first.functions.way in ("recorded", "in turn"))
+        draws = self.draws or draws_for(chains.count, first.functions.cost[0])
+        return Sampled(first.problem, structure, first.density, first.functions, chains, draws, first.read)
+
+    def _share(self, groups: int) -> MCMC:
+        """The options of one of several groups."""
+        if groups == 1 or self.chains is None:
+            return self
+        if self.chains % groups:
+            raise OptionError(
+                f"MCMC(chains={self.chains}): expected a multiple of {groups}, so that each of Run(devices=...) has as many"
+            )
+        return replace(self, chains=self.chains // groups)
+
+    def _parts(self, problem: Problem, structure: Structure, run: Run) -> _Parts:
         found = self._needs(structure)
         if isinstance(found, Refusal):
             raise OptionError(found.why)
-        density = Density.of(problem.whole(), structure, found.summed, found.flipped)
+        density = self._density(problem, structure, found)
         lift = run.precision in (None, "float64") and problem.device.type == "cpu"
         dtype = torch.float64 if lift else density.dtype
         recorded = run.compile is not False
         if found.flipped:
-            parts = self._in_turn(density, lift, run)
-        elif not density.size:
+            return _Parts(problem, density, *self._in_turn(density, lift, run))
+        if not density.size:
             functions = functions_of(density, recorded=recorded, lift=lift)
             chains = self.chains or 4
-            parts = (functions, chains, Idle(chains), lambda: torch.zeros(chains, 0), functions.values)
-        else:
-            functions = functions_of(density, rows=self._tried(), recorded=recorded, lift=lift)
-            target = self._noisy(density, lift, run) if self._subsampled else functions.target
-            chains = self._chain_count(functions)
-            sampler = self._sampler(
-                self._options(chains, functions.way in ("recorded", "in turn"), run), target
-            )
-            begin = partial(self._start, functions.target, chains, density, dtype)
-            parts = (functions, chains, sampler, begin, functions.values)
-        functions, chains, sampler, begin, read = parts
-        if recorded and functions.way != "recorded":
-            slow = "for one chain after the other" if functions.way == "in turn" else "as it is written"
-            warnings.warn(
-                f"{structure.name} runs {slow}, more slowly: {functions.why}", NotRecorded, stacklevel=4
-            )
-        ledger = self._ledger(run, directory, problem, structure)
-        return Sampled(
-            problem,
-            structure,
-            density,
-            functions,
-            Chains(sampler, begin, chains, run.seed, ledger, Audience(run.watchers())),
-            self._draw_count(chains, functions.cost[0]),
-            read,
-        )
+            begin = partial(torch.zeros, chains, 0, device=problem.device)
+            return _Parts(problem, density, functions, chains, Idle(chains), begin, functions.values)
+        functions = functions_of(density, rows=self.chains or tried(structure), recorded=recorded, lift=lift)
+        target = self._noisy(density, lift, run) if self._subsampled else functions.target
+        chains = self.chains or chains_for(functions, self.kernel)
+        # To record once more, as parts of a kernel's steps, what is long takes long, and saves little.
+        brief = functions.cost[0] < _LONG or run.compile in ("inductor", "background")
+        recordable = functions.way in ("recorded", "in turn") and brief
+        sampler = self._sampler(self._options(chains, recordable, run), target)
+        begin = partial(self._start, functions.target, chains, density, dtype)
+        return _Parts(problem, density, functions, chains, sampler, begin, functions.values)
+
+    def _density(self, problem: Problem, structure: Structure, found: Needs) -> Density:
+        density = Density.of(problem.whole(), structure, found.summed, tuple(found.flipped))
+        return density if self.precondition is None else Preconditioned.by(self.precondition, density)
 
     def _in_turn(self, density: Density, lift: bool, run: Run) -> tuple[Any, ...]:
         """The parts for latents that are neither moved by gradients nor summed out."""
         if self.kernel not in ("auto", "hmc"):
             raise OptionError(
-                f"MCMC(kernel={self.kernel!r}): {', '.join(density.held)} are finite and drawn in turn with the others, which "
+                f"MCMC(kernel={self.kernel!r}): {', '.join(density.held)} are discrete and moved in turn with the others, which "
                 "goes with kernel='auto' or 'hmc'"
             )
         chains = 64 if self.chains is None else self.chains
         options = self._options(chains, run.compile is not False, run)
         sampler = in_turn(density, lift, options.wrap, self.warmup, self.target_accept, self.thin)
-        flips = sampler.flips
 
         def begin() -> Tensor:
-            z = first_choices(flips, chains)
-            target = partial(_given, sampler.target.continuous, z)
-            q = start.uniform(
-                target, chains, max(1, density.size), density, torch.float64 if lift else density.dtype
-            )
+            dtype = torch.float64 if lift else density.dtype
+            z, q = begun(sampler, chains, dtype)
+            if density.size:
+                target = partial(_given, sampler.target.continuous, z)
+                way = start.uniform if self.precondition is None else start.base
+                q = way(target, chains, density.size, density, dtype)
             return torch.cat([q, z.to(q.dtype)], 1)
 
         functions = Functions(sampler.target.continuous, density.values, "recorded")  # type: ignore[arg-type]
-        return functions, chains, sampler, begin, partial(values_of, density, flips)
+        return functions, chains, sampler, begin, partial(values_of, density, sampler.flips)
 
     def _noisy(self, density: Density, lift: bool, run: Run) -> Any:
         """The density on a batch of rows, another one at every call."""
@@ -262,7 +343,7 @@ class MCMC:
 
     def _options(self, chains: int, recorded: bool, run: Run) -> Options:
         return Options(
-            self._kernel_for(chains) if self.kernel == "auto" else self.kernel,
+            kernel_for(chains) if self.kernel == "auto" else self.kernel,
             chains,
             self.warmup,
             self.target_accept,
@@ -274,35 +355,6 @@ class MCMC:
             run.compile,
         )
 
-    def _tried(self) -> int:
-        return self.chains if self.chains is not None else _FEWEST
-
-    def _kernel_for(self, chains: int | None) -> str:
-        """What suits so many chains: ChEES learns from all of them, a tree needs none but its own."""
-        return "chees" if chains is None or chains >= _POOLING else "nuts"
-
-    def _chain_count(self, functions: Functions) -> int:
-        if self.chains is not None:
-            return self.chains
-        if self.kernel == "smc":
-            return 16
-        if self.kernel == "tempering":
-            return 16
-        if functions.way not in ("recorded", "unrecorded"):
-            return 4
-        operations, numbers = functions.cost
-        if operations > _FEWER[-1][0]:  # to record it once more takes longer than more chains would save
-            return _FEWEST
-        ratio = operations * _MICROSECONDS * 1000 / max(1.0, numbers * _NANOSECONDS)
-        return next((c for c in (_MOST, 64) if c <= ratio), _FEWEST)
-
-    def _draw_count(self, chains: int, operations: int) -> int:
-        if self.draws is not None:
-            return self.draws
-        # A program of many operations takes its time for each draw, whatever the number of chains.
-        least = next((few for most, few in _FEWER if operations > most), 400)
-        return min(1000, max(least, -(-_ENOUGH // chains) if least == 400 else 0))
-
     def _start(self, target: Any, chains: int, density: Density, dtype: torch.dtype) -> Tensor:
         if isinstance(self.init, Mapping):
             return start.given(self.init, chains, density, dtype)
@@ -310,10 +362,13 @@ class MCMC:
         count = max(chains, 512) if self.kernel in ("smc", "tempering") else chains
         if not isinstance(self.init, str):
             return start.given(self.init.posterior(n=count, seed=0), count, density, dtype)
-        ways = {"prior": start.prior, "pathfinder": start.pathfinder}
-        return ways.get(self.init, start.uniform)(target, count, density.size, density, dtype)
+        ways = {"uniform": start.uniform, "prior": start.prior, "pathfinder": start.pathfinder}
+        usual = start.uniform if self.precondition is None else start.base
+        return ways.get(self.init, usual)(target, count, density.size, density, dtype)
 
-    def _ledger(self, run: Run, directory: Any, problem: Problem, structure: Structure) -> Ledger:
+    def _ledger(
+        self, run: Run, directory: Any, problem: Problem, structure: Structure, group: int, groups: int
+    ) -> Ledger:
         if directory is None:
             return Memory()
         terms = {
@@ -323,7 +378,9 @@ class MCMC:
             "precision": run.precision,
             "backend": repr(replace(self, draws=None)),
         }
-        return Shards(Path(directory) / "chains", terms, run.checkpoint_every or 100)
+        if groups > 1:
+            terms["group"] = f"{group + 1} of {groups}"
+        return Shards(folder_of(Path(directory), group, groups), terms, run.checkpoint_every or 100)
 
 
 def _given(continuous: Any, z: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:

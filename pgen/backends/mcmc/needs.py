@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch.distributions import biject_to
+from torch.distributions import biject_to, constraints
 
 from pgen.capability import Capability, Exactness, Offer, Query, Rank, Refusal
 from pgen.choice import Paths, learned_factor, names_of, require
@@ -25,13 +25,13 @@ class Needs:
         paths: conversions by site.
         moved: continuous latents.
         summed: finite latents that are summed out, and drawn afterwards given the others.
-        flipped: finite latents that are drawn in turn with the continuous ones.
+        flipped: discrete latents that are moved in turn with the continuous ones, and why they are not summed out.
     """
 
     paths: Paths
     moved: tuple[str, ...]
     summed: tuple[str, ...]
-    flipped: tuple[str, ...]
+    flipped: Mapping[str, str]
 
 
 def needs(
@@ -70,7 +70,7 @@ def needs(
         refusal = _unusable(site, structure, paths)
         if refusal is not None:
             return refusal
-    drawn = [p.name for p in structure.plates.values() if p.subsampled]
+    drawn = [p.name for p in structure.plates.values() if p.subsampled and not p.chosen]
     if drawn and not subsampled:
         return Refusal(
             None,
@@ -80,7 +80,9 @@ def needs(
         )
     moved: list[str] = []
     summed: list[str] = []
-    flipped: list[str] = []
+    flipped: dict[str, str] = {}
+    finite = [s for s in structure.latents if structure.sites[s].enumerable] if enumerated else []
+    lost = outside_plates(structure, finite)
     for name in structure.latents:
         site = structure.sites[name]
         if not site.discrete:
@@ -88,18 +90,18 @@ def needs(
             if refusal is not None:
                 return refusal
             moved.append(name)
-        elif not site.enumerable:
+        elif site.enumerable and enumerated and name not in lost and not _changing(site, structure):
+            summed.append(name)
+        elif site.enumerable or _counted(site):
+            flipped[name] = _why_not_summed(site, lost.get(name), _changing(site, structure))
+        else:
             return Refusal(
                 name,
-                "a finite or continuous support",
-                f"{site.distribution} has support {site.support}: neither can its values be listed nor can a gradient move "
-                "them; sum it out in the program (pyro's GammaPoisson, ...), or truncate it",
+                "elements that are single numbers, or a list of its values",
+                f"{site.distribution} has support {site.support}: neither can its values be listed, nor can it be moved by "
+                "whole numbers, nor by a gradient; write it as sites of single counts, or sum it out in the program",
             )
-        elif enumerated and outside_plates(structure, (name,)) is None:
-            summed.append(name)
-        else:
-            flipped.append(name)
-    return Needs(paths, tuple(moved), tuple(summed), tuple(flipped))
+    return Needs(paths, tuple(moved), tuple(summed), flipped)
 
 
 def _densities(structure: Structure, via: Mapping[str, str]) -> Paths | Refusal:
@@ -122,7 +124,7 @@ def offer(structure: Structure, found: Needs, kernel: str, evidence: bool) -> Of
         (exactness_of(p) for p in found.paths.values()), key=lambda e: e.strength, default=Exactness.EXACT
     )
     if evidence and structure.observed:
-        unnormalised = structure.factors or weakest is Exactness.UNNORMALIZED
+        unnormalised = structure.weighted or weakest is Exactness.UNNORMALIZED
         answers[Query.LOG_PROB] = Exactness.UNNORMALIZED if unnormalised else Exactness.ESTIMATE
     answers[Query.POSTERIOR] = Exactness.ESTIMATE
     local = [s for s in found.moved if structure.local(s)]
@@ -140,8 +142,9 @@ def _why(found: Needs, kernel: str, local: list[str]) -> str:
         parts.append(f"{', '.join(found.moved)} moved by {kernel}, exact in the long run")
     if found.summed:
         parts.append(f"{_listed(found.summed)} summed out exactly, then drawn given the rest")
-    if found.flipped:
-        parts.append(f"{_listed(found.flipped)} drawn in turn (Gibbs)")
+    for why in dict.fromkeys(found.flipped.values()):
+        names = tuple(name for name, other in found.flipped.items() if other == why)
+        parts.append(f"{_listed(names)} {why}")
     if local:
         parts.append(
             f"{', '.join(local)} have values in every row, so that the vector is as long as the data"
@@ -167,6 +170,34 @@ def _unusable(site: Site, structure: Structure, paths: Paths) -> Refusal | None:
         f"{site.distribution} is known up to a constant that depends on the latent {moving[0]!r}: moving {moving[0]!r} changes "
         "it, and the acceptance would be wrong",
     )
+
+
+def _counted(site: Site) -> bool:
+    """Whether a discrete site is made of single whole numbers."""
+    support = site.support
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    drawable = {Capability.SAMPLE, Capability.LOG_PROB} <= site.capabilities
+    return drawable and bool(support.is_discrete) and not support.event_dim
+
+
+def _changing(site: Site, structure: Structure) -> str | None:
+    """A latent on which the values of a finite site depend."""
+    return next((p for p in site.support_parents if p in structure.latents), None)
+
+
+def _why_not_summed(site: Site, lost: Refusal | None, changing: str | None) -> str:
+    if changing is not None:
+        return (
+            f"moved in turn by whole numbers (Metropolis), not summed out: its values depend on {changing!r}"
+        )
+    if lost is not None:
+        return f"drawn in turn, each given all others (Gibbs), not summed out: {lost.why.split(';')[0]}"
+    if site.enumerable:
+        return "drawn in turn, each given all others (Gibbs), as enumerate='none' says"
+    if site.event_shape:
+        return "moved in turn, element by element, each given all others: its law is that of all its elements together"
+    return "moved in turn by whole numbers (Metropolis), not summed out: there is no list of its values"
 
 
 def _immovable(site: Site) -> Refusal | None:

@@ -15,6 +15,7 @@ from pgen.algorithms.adaptation.meads import MEADSWarmup
 from pgen.algorithms.adaptation.warmup import Adapted, Metric, Warmup
 from pgen.algorithms.kernels.base import Kernel, LogDensity, Tuning, untuned
 from pgen.algorithms.kernels.chees import ChEES, Stride
+from pgen.algorithms.kernels.foreign import Foreign
 from pgen.algorithms.kernels.hmc import HMC
 from pgen.algorithms.kernels.iterate import Step, Wrap, iterate, unwrapped
 from pgen.algorithms.kernels.langevin import MALA, ULA
@@ -24,6 +25,7 @@ from pgen.algorithms.kernels.stochastic import SGHMC, SGLD
 from pgen.algorithms.kernels.tree import Leaf
 from pgen.algorithms.kernels.walk import RandomWalk
 from pgen.algorithms.record import record
+from pgen.backends.mcmc.astray import hopeless
 from pgen.backends.mcmc.ledger import Block
 
 _FEW = 32  # chains: below, warm-up has less to pool and takes longer
@@ -31,7 +33,7 @@ _POOLED_BLOCK = 25
 _TRIAL = 30  # iterations
 _DIVERGENT = 0.0  # of trajectories: beyond, steps are too long
 _CAREFUL = 0.98  # acceptance
-_FEW_TO_JUDGE = 8  # chains: fewer do not tell what is usual
+_SHORTER = 0.5  # part of the usual warm-up, since the scale is known
 _HOT = (Leaf, Stride, Step)
 _STATISTICS = {
     "accept": "acceptance_rate",
@@ -73,9 +75,9 @@ class Windowed:
         """Iterations of warm-up."""
         return sum(block.length for block in self.adaptation.plan)
 
-    def begin(self, position: Tensor) -> Adapted:
-        """The state before warm-up, at positions `[C, d]`."""
-        return self.adaptation.init(position, self.target)
+    def begin(self, position: Tensor, tuning: Tuning | None = None) -> Adapted:
+        """The state before warm-up, at positions `[C, d]`; from another tuning, if there is one."""
+        return self.adaptation.init(position, self.target, tuning)
 
     def warm(self, state: Adapted) -> tuple[Adapted, int]:
         """A block of the warm-up, and how many iterations it took."""
@@ -123,12 +125,12 @@ class Fixed:
     def begin(self, position: Tensor) -> Begun:
         """The state at positions `[C, d]`."""
         moving = Moving(self.kernel.init(position, self.target), self.tune(position))
-        return Begun(moving, torch.tensor(0))
+        return Begun(moving, torch.tensor(0, device="cpu"))
 
     def warm(self, state: Begun) -> tuple[Begun, int]:
         """All iterations that are left out."""
         moving, _ = self.run(state.moving, self.warmup)
-        return Begun(moving, torch.tensor(self.warmup)), self.warmup
+        return Begun(moving, torch.tensor(self.warmup, device="cpu")), self.warmup
 
     def warmed(self, state: Begun) -> bool:
         """Whether they are."""
@@ -161,9 +163,9 @@ class Pooled:
         """Iterations of warm-up."""
         return self.adaptation.iterations
 
-    def begin(self, position: Tensor) -> Any:
-        """The state before warm-up, at positions `[C, d]`."""
-        return self.adaptation.begin(position, self.target)
+    def begin(self, position: Tensor, tuning: Any = None) -> Any:
+        """The state before warm-up, at positions `[C, d]`; from the scale of another tuning, if there is one."""
+        return self.adaptation.begin(position, self.target, None if tuning is None else tuning.scale)
 
     def warm(self, state: Any) -> tuple[Any, int]:
         """A block of the warm-up, and how many iterations it took."""
@@ -222,7 +224,8 @@ class Cautious:
         if not sampler.warmed(state.state):
             inner, iterations = sampler.warm(state.state)
             return Staged(state.stage, inner), iterations
-        _, block = self.usual.run(self.usual.ready(state.state), _TRIAL)
+        moving = self.usual.ready(state.state)
+        _, block = self.usual.run(moving, _TRIAL)
         last = block.positions[-1]
         if state.stage == 0:
             astray = hopeless(self.target, block.positions)
@@ -233,7 +236,7 @@ class Cautious:
                 moved = torch.where(astray[:, None], last[beside], last)
                 return Staged(3, self.usual.begin(moved)), _TRIAL
         if float(block.stats["diverging"].double().mean()) > _DIVERGENT:
-            return Staged(1, self.careful.begin(last)), _TRIAL
+            return Staged(1, self.careful.begin(last, moving.tuning)), _TRIAL
         return Staged(2, state.state), _TRIAL
 
     def warmed(self, state: Staged) -> bool:
@@ -249,24 +252,6 @@ class Cautious:
         return self.usual.run(state, draws)
 
 
-def hopeless(target: LogDensity, positions: Tensor) -> Tensor:
-    """Chains `[C]` that are in a place of hardly any mass, by what they drew lately, `[n, C, d]`.
-
-    The mass of the place where a chain is goes, up to a constant, as exp of its mean log density times the volume that
-    it covers. Below the median by more than five nats and five times the usual deviation from it, a chain stands for
-    less than a hundredth of what it would count for.
-    """
-    chains = positions.shape[1]
-    if chains < _FEW_TO_JUDGE:
-        return torch.zeros(chains, dtype=torch.bool, device=positions.device)
-    heights = torch.stack([target(position)[0] for position in positions[::3]]).mean(0)
-    tiny = torch.finfo(positions.dtype).tiny
-    mass = heights + 0.5 * positions.var(0).clamp_min(tiny).log().sum(-1)
-    centre = mass.median()
-    usual = 1.4826 * (mass - centre).abs().median()
-    return ~(mass > centre - (5 + 5 * usual))
-
-
 @dataclass
 class Idle:
     """Nothing is left to move: every latent is drawn exactly, given no other."""
@@ -275,8 +260,8 @@ class Idle:
     warmup: int = 0
 
     def begin(self, position: Tensor) -> Moving:
-        """No state."""
-        return Moving((), ())
+        """Where they are, in no dimensions."""
+        return Moving(position, ())
 
     def warm(self, state: Moving) -> tuple[Moving, int]:
         """Nothing to learn."""
@@ -292,9 +277,9 @@ class Idle:
 
     def run(self, state: Moving, draws: int) -> tuple[Moving, Block]:
         """Vectors of no length."""
-        one = torch.ones(draws, self.chains)
+        one = state.kernel.new_ones(draws, self.chains)
         return state, Block(
-            torch.zeros(draws, self.chains, 0), {"acceptance_rate": one, "diverging": one > 1}
+            state.kernel.expand(draws, -1, -1), {"acceptance_rate": one, "diverging": one > 1}
         )
 
 
@@ -346,9 +331,9 @@ class Options:
             return 800
         return {"meads": 1000}.get(self.kernel if isinstance(self.kernel, str) else "", 200)
 
-    @property
+    @functools.cached_property
     def wrap(self) -> Wrap:
-        """What makes straight-line functions fast, remembering what it gave."""
+        """What makes straight-line functions fast, remembering what it gave: whoever shares it shares recordings."""
         if not self.recorded:
             return unwrapped
         compiled = self.compile if self.compile in ("inductor", "background") else None
@@ -364,21 +349,24 @@ class Options:
 def sampler_of(options: Options, target: LogDensity) -> Any:
     """The sampler that the options describe."""
     if options.target_accept is None and options.kernel in ("nuts", "hmc", "chees"):
-        careful = replace(options, target_accept=_CAREFUL)
-        return Cautious(_sampler_of(options, target), _sampler_of(careful, target), target)
-    return _sampler_of(options, target)
+        careful = replace(options, target_accept=_CAREFUL, warmup=round(_SHORTER * options.iterations))
+        usual = _sampler_of(options, target, options.wrap)
+        return Cautious(usual, _sampler_of(careful, target, options.wrap), target)
+    usual = _sampler_of(options, target, options.wrap)
+    return Cautious(usual, usual, target) if options.kernel == "meads" else usual
 
 
-def _sampler_of(options: Options, target: LogDensity) -> Any:
-    name, wrap, thin = options.kernel, options.wrap, options.thin
+def _sampler_of(options: Options, target: LogDensity, wrap: Wrap) -> Any:
+    name, thin = options.kernel, options.thin
     warmup = options.iterations
     dense = options.metric != "diagonal"
-    if name == "chees":
-        chees = ChEES()
+    if name == "chees" or isinstance(name, ChEES):
+        chees = name if isinstance(name, ChEES) else ChEES()
         learns = ChEESWarmup(chees, max(1, warmup), options.target_accept or 0.8, dense=dense)
         return Pooled(chees, target, learns, wrap, thin)
-    if name == "meads":
-        return Pooled(MEADS(), target, MEADSWarmup(max(1, warmup), dense=dense), wrap, thin)
+    if name == "meads" or isinstance(name, MEADS):
+        meads = name if isinstance(name, MEADS) else MEADS(thin=5)
+        return Pooled(meads, target, MEADSWarmup(max(1, warmup), dense=dense), wrap, thin)
     kernel = UNADJUSTED[name] if isinstance(name, str) and name in UNADJUSTED else name
     if isinstance(kernel, (ULA, SGLD, SGHMC)):
         tune = functools.partial(untuned, step_size=options.step_size)
@@ -389,6 +377,12 @@ def _sampler_of(options: Options, target: LogDensity) -> Any:
         "mala": (MALA(), 0.574),
         "random-walk": (RandomWalk(), 0.234),
     }
-    kernel, accept = tuned[name] if isinstance(name, str) else (name, 0.8)
+    if isinstance(name, str):
+        kernel, accept = tuned[name]
+    elif type(name) in {type(own) for own, _ in tuned.values()}:
+        kernel, accept = name, next(a for own, a in tuned.values() if type(own) is type(name))
+    else:
+        kernel = Foreign(name, options.target_accept)
+        accept = kernel.target_accept
     adaptation = Warmup(kernel, max(20, warmup), options.target_accept or accept, options.metric)
     return Windowed(kernel, target, adaptation, wrap, thin)

@@ -33,6 +33,12 @@ def uniform(target: Target, chains: int, size: int, density: Density, dtype: tor
     return _finite(target, propose, density)
 
 
+def base(target: Target, chains: int, size: int, density: Density, dtype: torch.dtype) -> Tensor:
+    """Independent standard normal vectors: draws of the guide, for a density in its coordinates."""
+    device = density.problem.device
+    return _finite(target, lambda _: torch.randn(chains, size, dtype=dtype, device=device), density)
+
+
 def prior(target: Target, chains: int, size: int, density: Density, dtype: torch.dtype) -> Tensor:
     """Independent draws of the prior."""
 

@@ -21,6 +21,8 @@ from pgen.backends.variational.proposal import Proposal, prior
 from pgen.capability import Capability, Estimate, Exactness
 from pgen.draws import Draws
 from pgen.errors import DataError, Unanswerable
+from pgen.guides import Amortized, Automatic
+from pgen.guides.transport import Transport
 from pgen.history import History
 from pgen.isolation import validating
 from pgen.parameters import Parameters
@@ -152,6 +154,22 @@ class Posterior:
                 stacklevel=2,
             )
         return Draws(out, log_weights=smoothed.log_weights.gather(0, index), khat=smoothed.khat)
+
+    def transport(self) -> Transport:
+        """The guide as a map from standard normal vectors to unconstrained latents.
+
+        Raises:
+            Unanswerable: the guide is no such map.
+        """
+        guide = self.proposal.owner
+        if not isinstance(guide, Automatic):
+            kind = "made from the program" if isinstance(guide, Amortized) else "your own"
+            raise Unanswerable(
+                f"{self.coupling.structure.name}: the guide is {kind if self.coupling.order else 'empty'}, and no map from one normal vector to the latents "
+                "is known of it; fit with guide='flow' (or 'full-rank', 'low-rank', 'mean-field'), which are such maps"
+            )
+        with self._ready():
+            return guide.transport()
 
     # --- marginals ----------------------------------------------------------------------------------------
 

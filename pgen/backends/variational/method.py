@@ -11,7 +11,7 @@ import torch
 
 from pgen.backends.variational.answers import Posterior
 from pgen.backends.variational.joint import Coupling
-from pgen.backends.variational.needs import may_be_summed, needs, offer
+from pgen.backends.variational.needs import needs, offer, summable
 from pgen.backends.variational.players import Players, Terms
 from pgen.backends.variational.proposal import Kind, Proposal, automatic, prior, users
 from pgen.backends.variational.settle import couple, settle, unsummable
@@ -231,7 +231,7 @@ class Variational:
 
     def _proposal(self, problem: Problem, structure: Structure) -> tuple[Proposal, tuple[str, ...]]:
         """The guide, and the latents that are summed out beside it."""
-        finite = [s for s in structure.latents if self.enumerate == "auto" and may_be_summed(structure, s)]
+        finite = summable(structure) if self.enumerate == "auto" else ()
         if callable(self.guide):
             proposal = users(self.guide, problem, structure)
             left = [s for s in structure.latents if s not in proposal.order]

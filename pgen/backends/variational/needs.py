@@ -58,7 +58,7 @@ def needs(
                 f"{firm.distribution} at {firm.name!r} has no normalised density",
             )
     # What a user's guide leaves to be summed out is known only once it has run.
-    summed = tuple(s for s in structure.latents if guide and enumerated and may_be_summed(structure, s))
+    summed = summable(structure) if guide and enumerated else ()
     drawn = tuple(s for s in structure.latents if s not in summed)
     for name in drawn if guide else ():
         refusal = _unguided(structure.sites[name], structure, guide or "")
@@ -87,9 +87,11 @@ def needs(
     return Needs(paths, drawn, summed)
 
 
-def may_be_summed(structure: Structure, name: str) -> bool:
-    """Whether a latent is finite and stays in its plates, as far as the structure tells."""
-    return structure.sites[name].enumerable and outside_plates(structure, (name,)) is None
+def summable(structure: Structure) -> tuple[str, ...]:
+    """Latents that are finite and stay in their plates, as far as the structure tells."""
+    finite = [s for s in structure.latents if structure.sites[s].enumerable]
+    lost = outside_plates(structure, finite)
+    return tuple(s for s in finite if s not in lost)
 
 
 def offer(structure: Structure, found: Needs, *, bound: bool, simulated: bool) -> Offer:

@@ -19,7 +19,8 @@ from torch import Tensor
 from pgen.algorithms import bounds, estimators
 from pgen.algorithms.bounds import Bound
 from pgen.algorithms.estimators import Term
-from pgen.backends.variational.joint import PARTICLES, Coupling, Lane, Node, Nodes
+from pgen.backends.variational.joint import PARTICLES, Coupling, Lane
+from pgen.backends.variational.statements import Node, Nodes
 from pgen.errors import OptionError
 from pgen.problem import Problem
 

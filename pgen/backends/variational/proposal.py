@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import networkx as nx
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pgen.backends.variational.joint import Guide, Nodes, record
+from pgen.backends.variational.joint import Guide
+from pgen.backends.variational.statements import Nodes, record
+from pgen.calling import name_of, signature_of
 from pgen.errors import PgenError, ProgramError
 from pgen.guides import Amortized, Automatic
 from pgen.guides.automatic import Kind as Joint
@@ -214,15 +215,14 @@ def _require_same_sites(guide: Callable[..., Any], nodes: Nodes, structure: Stru
 
 def _arguments(function: Callable[..., Any]) -> tuple[list[str], list[str], bool]:
     """Names of a function's arguments, those that are required, and whether it takes any number of them."""
-    target = function.forward if isinstance(function, nn.Module) else function
-    try:
-        parameters = inspect.signature(target).parameters.values()
-    except (TypeError, ValueError):
+    signature = signature_of(function)
+    if signature is None:
         return [], [], True
+    parameters = signature.parameters.values()
     plain = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     required = [p.name for p in plain if p.default is p.empty]
     return [p.name for p in plain], required, any(p.kind is p.VAR_POSITIONAL for p in parameters)
 
 
-def _name(function: object) -> str:
-    return repr(getattr(function, "__name__", type(function).__name__))
+def _name(function: Callable[..., Any]) -> str:
+    return repr(name_of(function))

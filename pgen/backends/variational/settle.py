@@ -9,8 +9,9 @@ import pyro.distributions as dist
 import torch
 
 from pgen.algorithms.factor_graph import Intractable
-from pgen.backends.variational.joint import Coupling, Lane, agrees, record
+from pgen.backends.variational.joint import Coupling, Lane, agrees
 from pgen.backends.variational.proposal import Proposal
+from pgen.backends.variational.statements import record
 from pgen.capability import Refusal
 from pgen.errors import PgenError, ProgramError, Refused
 from pgen.isolation import validating

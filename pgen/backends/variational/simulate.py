@@ -12,9 +12,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from pgen.backends.variational.joint import Coupling, Nodes, record
+from pgen.backends.variational.joint import Coupling
 from pgen.backends.variational.objectives import Loss
 from pgen.backends.variational.proposal import Proposal
+from pgen.backends.variational.statements import Nodes, record
 from pgen.errors import ProgramError
 from pgen.inspection import inspect_problem
 from pgen.parameters import Parameters

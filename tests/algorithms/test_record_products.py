@@ -1,13 +1,14 @@
-"""Products by oneDNN are products."""
+"""Products by oneDNN are products, replayed or compiled."""
+
+import shutil
 
 import pytest
 import torch
 from torch import nn
 
-from pgen.algorithms.record import replay_of
+from pgen.algorithms.record import Inductor, products, replay_of
+from pgen.algorithms.record.products import LEAST, by_onednn, with_products
 from pgen.algorithms.record.recording import recording_of
-from pgen.training import products
-from pgen.training.products import LEAST, by_onednn, with_products
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this torch was built without oneDNN"
@@ -44,3 +45,18 @@ def test_small_ones_and_those_in_double_precision_stay(rows, width, dtype):
     tape, x = recorded(rows, width, dtype)
     assert dtype != torch.float32 or rows * width * 300 < LEAST
     assert with_products(tape, tape.run([x])).ops == tape.ops
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+def test_compiled_they_follow_weights_that_move(tmp_path, compiler_cache):
+    tape, x = recorded(64, 200)
+    assert any("mkldnn" in op.name for op in with_products(tape, tape.run([x])).ops)
+    fast, plain = Inductor(tmp_path)(tape, [x]), replay_of(tape)
+    for _ in range(2):
+        with torch.no_grad():
+            for one, other in zip(plain(x), fast(x), strict=True):
+                assert torch.allclose(one, other, rtol=1e-5, atol=1e-6)
+            for weight in tape.constants.values():
+                if weight.is_contiguous():
+                    weight.mul_(0.5)

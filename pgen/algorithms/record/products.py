@@ -6,16 +6,17 @@ which is part of torch too, 0.36. Both are exact to round-off.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pgen.algorithms.record import Op, Ref, Replay, Tape, replay_of
+from pgen.algorithms.record.machine import is_amd
+from pgen.algorithms.record.replay import Replay, replay_of
+from pgen.algorithms.record.tape import Op, Ref, Tape
+from pgen.algorithms.record.verify import Trial, aside
 
 LEAST = 2**20
 """Multiply-adds from which on the call, which costs microseconds more, pays."""
@@ -25,28 +26,30 @@ LINEAR: Any = torch.ops.mkldnn._linear_pointwise.default if torch.backends.mkldn
 """`x @ weight.T + bias` by oneDNN."""
 
 
-@cache
 def pays() -> bool:
     """Whether this processor is better served by oneDNN."""
-    here = torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()
-    cpus = Path("/proc/cpuinfo")
-    return here and cpus.exists() and "AuthenticAMD" in cpus.read_text(errors="replace")
+    return torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available() and is_amd()
 
 
 def by_onednn(tape: Tape, inputs: Sequence[Tensor]) -> Replay:
-    """The replay of a tape with large products by oneDNN.
+    """The replay of a tape with large products by oneDNN: a `compiler` for `Recorded`.
 
     Args:
-        tape: the operations.
-        inputs: an example; may be changed.
+        tape: operations.
+        inputs: an example.
     """
-    values = tape.run(inputs)
-    sizes = {i: value.nbytes for i, value in values.items()}
-    return replay_of(with_products(tape, values), sizes)
+    with aside():
+        values = Trial.on(tape, inputs).values(tape)
+    return replay_of(with_products(tape, values), {i: value.nbytes for i, value in values.items()})
 
 
-def with_products(tape: Tape, values: dict[int, Tensor]) -> Tape:
-    """The tape with large products by oneDNN; `values` are the tensors of a run of it."""
+def with_products(tape: Tape, values: Mapping[int, Tensor]) -> Tape:
+    """The tape with large products by oneDNN, where that pays.
+
+    Args:
+        tape: operations.
+        values: the tensors of a run of it.
+    """
     if not pays():
         return tape
     fresh, ops = tape.fresh(), list[Op]()
@@ -62,7 +65,7 @@ def with_products(tape: Tape, values: dict[int, Tensor]) -> Tape:
     return replace(tape, ops=ops)
 
 
-def _is_large(op: Op, values: dict[int, Tensor]) -> bool:
+def _is_large(op: Op, values: Mapping[int, Tensor]) -> bool:
     if op.func not in (aten.mm.default, aten.addmm.default) or op.kwargs:
         return False
     tensors = [values[a.index] for a in op.args if isinstance(a, Ref)]
