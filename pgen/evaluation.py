@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -108,6 +108,12 @@ def _chunked(
 ) -> dict[str, Tensor]:
     """In pieces of one size, so that one recording serves any number and memory stays bounded."""
     n = len(positions)
-    whole = torch.cat([positions, positions[:1].expand(-n % size, -1)])
-    found = [values(part.contiguous()) for part in whole.split(size)]
+    found = [values(part) for part in in_parts(positions, size)]
     return {name: torch.cat([f[name] for f in found])[:n] for name in found[0]}
+
+
+def in_parts(positions: Tensor, size: int) -> Sequence[Tensor]:
+    """Vectors `[n, d]` as pieces `[size, d]`; the first one fills up the last piece."""
+    lacking = -len(positions) % size
+    whole = torch.cat([positions, positions[:1].expand(lacking, -1)]) if lacking else positions
+    return [part.contiguous() for part in whole.split(size)]

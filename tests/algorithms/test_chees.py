@@ -171,10 +171,16 @@ def test_warm_up_in_blocks_is_the_same_warm_up():
 
 
 def test_chains_that_are_lost_go_where_the_others_are():
-    state = State(torch.arange(40.0).reshape(20, 2), torch.zeros(20), torch.zeros(20, 2))
+    def target(q):  # another one for every chain, which a copied density would belie
+        off = q - torch.arange(20.0)[:, None]
+        return -off.square().sum(-1), -2 * off
+
     log_density = torch.randn(20)
     log_density[3], log_density[7] = -1e6, math.nan
-    moved = resettled(state, log_density)
+    state = State(torch.arange(40.0).reshape(20, 2), log_density, torch.zeros(20, 2))
+    moved = resettled(state, target)
+    assert torch.equal(moved.log_density, target(moved.position)[0])
+    assert torch.equal(moved.gradient, target(moved.position)[1])
     still = [i for i in range(20) if i not in (3, 7)]
     assert torch.equal(moved.position[still], state.position[still])
     home = {tuple(row) for row in state.position[still].tolist()}

@@ -11,7 +11,10 @@ import torch
 import pgen
 from pgen.algorithms.record import NotRecorded
 from pgen.errors import OptionError, ProgramError, Refused
+from pgen.inspection import inspect_problem
+from pgen.isolation import isolated
 from pgen.metrics.chains import diagnose
+from pgen.problem import Problem
 
 Y = torch.tensor([1.2, 0.4, 2.2, 1.7])
 
@@ -219,11 +222,11 @@ def test_many_data_sets_at_once():
         with pyro.plate("rows", 5):
             pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
 
-    problem = pgen.problem.Problem.of(program, {"y": torch.zeros(5)})
-    structure, problem = pgen.inspection.inspect_problem(problem)
+    problem = Problem.of(program, {"y": torch.zeros(5)})
+    structure, problem = inspect_problem(problem)
     data = torch.randn(20, 5, generator=torch.Generator().manual_seed(1)) * 3
     backend = pgen.backend("mcmc", kernel="chees", warmup=100)
-    with pgen.isolation.isolated(0):
+    with isolated(0):
         found = backend.posteriors(problem, structure, pgen.Run(), {"y": data}, 200)
     for y, draws in zip(data, found, strict=True):
         z = (draws["mu"].double() - float(y.sum()) / 5.25) * 5.25**0.5

@@ -156,7 +156,7 @@ class ChEESWarmup:
             scale: a first guess, such as Pathfinder's; if there is none, from gradients at the positions.
         """
         state = self.kernel.init(position, target)
-        state = resettled(state, state.log_density)
+        state = resettled(state, target)
         if scale is None:
             scale = trusted(curvature(state.position, state.gradient, self.dense), self.dense)
         scale = shaped(scale, self.dense)
@@ -209,11 +209,11 @@ class ChEESWarmup:
                 )
                 seen = []
             if i + 1 in self.arrivals:
-                learnt = self._arrived(learnt)
+                learnt = self._arrived(learnt, target)
                 seen.clear()
             elif i + 1 in self.windows:
                 found = matched(learnt.draws, learnt.slopes)
-                state = resettled(learnt.state, learnt.state.log_density)
+                state = resettled(learnt.state, target)
                 learnt = self._rescaled(learnt._replace(state=state), found)
         return learnt
 
@@ -241,9 +241,9 @@ class ChEESWarmup:
     def _learn(self) -> Learn:
         return Learn(self.harmonic, self.learning_rate, self.thrift, self.longest, self.widest)
 
-    def _arrived(self, learnt: Learnt) -> Learnt:
+    def _arrived(self, learnt: Learnt, target: LogDensity) -> Learnt:
         """Chains that are lost go where others are, and the scale comes from where those are."""
-        state = resettled(learnt.state, learnt.state.log_density)
+        state = resettled(learnt.state, target)
         found = curvature(state.position, state.gradient, self.dense)
         return self._rescaled(learnt._replace(state=state), found)
 
@@ -343,15 +343,20 @@ def shaped(scale: Tensor, dense: bool) -> Tensor:
     return scale.norm(dim=-1) if scale.dim() == 2 and not dense else scale.contiguous()
 
 
-def resettled(state: Any, log_density: Tensor) -> Any:
-    """A state whose `lost` chains are copies of others, chosen at random."""
-    away = lost(log_density)
+def resettled(state: Any, target: LogDensity) -> Any:
+    """A state whose `lost` chains are where others are, chosen at random.
+
+    Densities and gradients are computed anew: each chain may have a target of its own.
+    """
+    away = lost(state.log_density)
     if bool(away.all()) or not bool(away.any()):
         return state
     home = (~away).nonzero().squeeze(-1)
     source = torch.arange(len(away), device=away.device)
     source[away] = home[torch.randint(len(home), (int(away.sum()),), device=away.device)]
-    return type(state)(*(field[source] if field.dim() else field for field in state))
+    moved = type(state)(*(field[source] if field.dim() else field for field in state))
+    log_density, gradient = target(moved.position)
+    return moved._replace(log_density=log_density, gradient=gradient)
 
 
 def whitened(scale: Tensor, vectors: Tensor) -> Tensor:

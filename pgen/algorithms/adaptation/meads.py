@@ -163,7 +163,7 @@ class MEADSWarmup:
                 seen = []
             if i in windows:
                 found = matched(tuned.draws, tuned.slopes)
-                state = resettled(state, state.log_density)
+                state = resettled(state, target)
                 tuned = self._rescaled(tuned._replace(state=state), found)
         return tuned
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -13,7 +13,7 @@ from pgen.backends.mcmc.groups import Groups, saved_groups
 from pgen.capability import Estimate
 from pgen.density import Density
 from pgen.draws import Draws
-from pgen.evaluation import Functions
+from pgen.evaluation import Functions, in_parts
 from pgen.history import History
 from pgen.problem import Problem
 from pgen.sampling import draw
@@ -63,8 +63,8 @@ class Sampled:
             for columns, k in ((picked[:more], each + 1), (picked[more:], each)):
                 steps = torch.arange(k, device=values.device) + shift
                 rows = (steps * min(per, len(values)) / max(k, 1)).long()
-                parts.append(values[rows][:, columns].transpose(0, 1).flatten(0, 1))
-            return torch.cat(parts)
+                parts.append(values.transpose(0, 1)[columns[:, None], rows].flatten(0, 1))
+            return torch.cat(parts) if more else parts[1]  # draws may be many: one copy is enough
 
         return gathered(block.positions), {k: gathered(v) for k, v in block.stats.items()}, chains
 
@@ -72,14 +72,17 @@ class Sampled:
         """Log densities at positions `[n, d]`, on unconstrained vectors, finite latents summed out: `lp`."""
         if self.density.held or not self.density.size:
             return {}
-        return {"lp": self.target_in_parts(positions)[0] - self.density.volume(positions)}
+        heights = torch.cat([self.functions.target(part)[0] for part in self._in_parts(positions)])
+        return {"lp": heights[: len(positions)] - self.density.volume(positions)}
 
     def target_in_parts(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """The target at any number of positions, as many at a time as it is recorded for."""
-        size, n = self.chains.width, len(positions)
-        whole = torch.cat([positions, positions[:1].expand(-n % size, -1)])
-        found = [self.functions.target(part.contiguous()) for part in whole.split(size)]
-        return torch.cat([value for value, _ in found])[:n], torch.cat([slope for _, slope in found])[:n]
+        found = [self.functions.target(part) for part in self._in_parts(positions)]
+        values, slopes = (torch.cat(leaves)[: len(positions)] for leaves in zip(*found, strict=True))
+        return values, slopes
+
+    def _in_parts(self, positions: Tensor) -> Sequence[Tensor]:
+        return in_parts(positions, self.chains.width)
 
     def values(self, positions: Tensor) -> dict[str, Tensor]:
         """Values of all latents and deterministic sites at vectors `[n, d]`, in the types of the program."""

@@ -19,7 +19,7 @@ from pgen.backends.mcmc.start import uniform
 from pgen.density import Density
 from pgen.training.batches import derive
 
-_PILOT = 40  # draws of each chain that the coordinates are made from
+_PILOT = 100  # draws of each chain that the coordinates are made from
 _PER_DRAW = 3  # iterations that a draw worth having takes, about
 
 
