@@ -48,11 +48,8 @@ from pgen.algorithms.kernels.hmc import Phase
 from pgen.algorithms.kernels.iterate import Wrap, unwrapped
 
 FIRST = 2.0  # length to begin with: near the best for a normal target
-ARRIVALS = (
-    1 / 16,
-    1 / 8,
-    3 / 16,
-)  # of the warm-up: the scale from gradients, and chains that are lost begin anew
+#: Parts of the warm-up after which the scale is made from gradients, and chains that are lost begin anew.
+ARRIVALS = (1 / 16, 1 / 8, 3 / 16)
 WINDOWS = (1 / 4, 1 / 2, 4 / 5)  # the scale from the draws since the last one
 SETTLED = 1 / 4  # from here on the length is learnt: on its way to typical places it would run off
 EARLY = 4  # strides at most before the first of these, and twice as many after each
