@@ -91,7 +91,7 @@ class FactorGraph:
 
 LONG_CHAIN = 24
 """Variables of a chain from which on it is multiplied two by two."""
-SMALL_LINK = 1500
+SMALL_LINK = 6500
 """Most numbers that a product of two links may form, over all plates and copies: the work grows by the number of values,
 the operations fall to the logarithm of the length, and up to here these outweigh it."""
 

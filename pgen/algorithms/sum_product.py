@@ -97,8 +97,9 @@ def _chain(links: Sequence[Tensor]) -> Tensor:
     Särkkä, García-Fernández (2021), "Temporal parallelization of Bayesian smoothers".
     """
     product = torch.stack(torch.broadcast_tensors(*links))
-    one = product.new_full(product.shape[1:], _impossible(product.dtype))
-    one.diagonal(dim1=-2, dim2=-1).zero_()
+    # written without a change in place, so that a recording knows it as a constant
+    eye = torch.eye(product.shape[-1], dtype=torch.bool, device=product.device)
+    one = product.new_zeros(product.shape[1:]).masked_fill(~eye, _impossible(product.dtype))
     while len(product) > 1:
         if len(product) % 2:
             product = torch.cat([product, one.unsqueeze(0)])

@@ -9,7 +9,8 @@ so that a row can be run again alone; `--table` prints what a file holds, median
 
 PYTHON is an interpreter that has numpyro, blackjax, optax, nutpie and pymc; without `--peers` only pgen
 runs. A row of pgen is `pgen`, `pgen:KERNEL` or `pgen:KERNEL:CHAINS:WARMUP:DRAWS`, with `@float64` where the
-program is to be in double precision too. The columns: `cold` counts stating, recording or compiling, warm-up and draws; `compiled` a second
+program is to be in double precision too, and `+inductor` where recordings are compiled before they are used, into a
+cache that is empty at first, as those of the peers are. The columns: `cold` counts stating, recording or compiling, warm-up and draws; `compiled` a second
 run, warm-up and draws, with what the first compiled; `draws` the draws alone; `process` is the wall time of
 the first process with its imports. ESS is the smallest bulk ESS over all coordinates, by one estimator for all.
 Where R-hat exceeds 1.05, the chains had not converged and ESS per second says nothing.
@@ -45,7 +46,7 @@ import pgen
 from tests.benchmarks import mcmc_peers as peers
 from tests.benchmarks.mcmc_peers import MODELS, Outcome, once
 
-PGEN = ("pgen", "pgen:nuts", "pgen:chees", "pgen:meads")
+PGEN = ("pgen", "pgen+inductor", "pgen:nuts", "pgen:chees", "pgen:meads")
 PYRO = ("pyro1", "pyro1-jit")
 LIMIT = 240
 
@@ -107,13 +108,14 @@ def program(name: str, dtype: torch.dtype) -> Callable[[], None]:
 def pgen_run(row: str, model: str, seed: int) -> Outcome:
     """The public API alone."""
     row, _, precision = row.partition("@")
+    row, _, compiler = row.partition("+")
     dtype = torch.float64 if precision == "float64" else torch.float32
     kernel, *counts = row.split(":")[1:] or [None]
     options = {"kernel": kernel} if kernel else {}
     options |= dict(zip(("chains", "warmup", "draws"), map(int, counts)))
 
     def fit(seed: int) -> tuple[Any, Any]:
-        run = pgen.Run(progress=False, precision=precision or None)
+        run = pgen.Run(progress=False, precision=precision or None, compile=compiler or "auto")
         fitted = pgen.fit(program(model, dtype), None, pgen.backend("mcmc", **options), run=run, seed=seed)
         # the peers have no finite latents to draw, so that pgen draws them outside the clock
         return fitted, None if model in ("mixture", "hmm") else fitted.draws()
@@ -194,6 +196,8 @@ def cell(row: str, model: str, seed: int, interpreter: str | None) -> dict[str, 
         path = Path(folder) / "draws.npz"
         command = [*(peer if row in peers.ROWS else own), row, model, str(seed), str(path)]
         environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}
+        if row.startswith("pgen"):
+            environment["XDG_CACHE_HOME"] = folder  # nothing is compiled yet
         try:
             ran, out = once(
                 lambda: subprocess.run(

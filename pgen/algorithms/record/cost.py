@@ -33,6 +33,7 @@ _CALL, _REDUCE, _LOOK = 1200.0, 1800.0, 900.0
 _NUMBER = 0.12
 _ROW, _DEEP_ROW = 1.0, 2.8  # in a loop of two levels, or more
 _SHORT_SUM = 20.0  # a result that is the sum of a few numbers
+_SCATTERED = 1.0  # a number of a sum whose result lies in another order
 
 
 def cost(tape: Tape, values: Values) -> float:
@@ -50,8 +51,9 @@ def _cost(op: Op, values: Values) -> float:
     numbers = largest.numel()
     if op.func in _REDUCTIONS:
         source = values[op.reads()[0]]
-        short = _shortest(source) < 4
-        return _REDUCE + numbers * _NUMBER + (tensors[-1].numel() * _SHORT_SUM if short else 0.0)
+        scattered = not source.is_contiguous()  # results are, always
+        slow = tensors[-1].numel() * _SHORT_SUM if scattered or _shortest(source) < 4 else 0.0
+        return _REDUCE + numbers * (_SCATTERED if scattered else _NUMBER) + slow
     row, levels = loops(tensors, largest.shape)
     each = _ROW if levels <= 2 else _DEEP_ROW
     return (

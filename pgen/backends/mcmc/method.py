@@ -291,7 +291,7 @@ class MCMC:
             return _Parts(problem, density, functions, chains, Idle(chains), begin, functions.values)
         functions = functions_of(density, rows=self.chains or tried(structure), recorded=recorded, lift=lift)
         target = self._noisy(density, lift, run) if self._subsampled else functions.target
-        chains = self.chains or chains_for(functions, self.kernel)
+        chains = self.chains or chains_for(functions, self.kernel, structure)
         # To record once more, as parts of a kernel's steps, what is long takes long, and saves little.
         brief = functions.cost[0] < _LONG or run.compile in ("inductor", "background")
         recordable = functions.way in ("recorded", "in turn") and brief
