@@ -81,6 +81,9 @@ class _Columns:
         self.values = tape.start([values[i] for i in tape.inputs])
         self.ops: list[Op] = []
         self.names: dict[int, int] = {}
+        self.views: dict[
+            int, tuple[Ref, list[int]]
+        ] = {}  # of what each permuted tensor is a view, and in which order
         self.fresh = tape.fresh()
 
     def run(self) -> Tape:
@@ -116,12 +119,21 @@ class _Columns:
     def turned(self, it: Ref) -> Ref:
         """The same tensor, chains last in memory."""
         away = self.away(it)
-        copy = self.emit(
-            aten.clone.default,
-            self.emit(aten.permute.default, it, away),
-            memory_format=torch.contiguous_format,
-        )
-        return self.back(copy, away)
+        view = self.permuted(it, away)
+        return self.back(self.emit(aten.clone.default, view, memory_format=torch.contiguous_format), away)
+
+    def permuted(self, it: Ref, order: Sequence[int]) -> Ref:
+        """A view with its dimensions in another order; views of views are views of the first."""
+        order = [d % len(order) for d in order]
+        if it.index in self.views:
+            it, before = self.views[it.index]
+            order = [before[d] for d in order]
+        if order == [*range(len(order))]:
+            return it
+        out = self.emit(aten.permute.default, it, order)
+        if it.index not in self.guarded:
+            self.views[out.index] = it, order
+        return out
 
     def away(self, it: Ref) -> list[int]:
         """The dimensions, that of the chains last."""
@@ -131,11 +143,12 @@ class _Columns:
 
     def back(self, it: Ref, order: Sequence[int]) -> Ref:
         """A tensor whose dimensions come in this order, in their own."""
-        back = [order.index(d) for d in sorted(order)]
-        return it if back == [*range(len(back))] else self.emit(aten.permute.default, it, back)
+        return self.permuted(it, [order.index(d) for d in sorted(order)])
 
     def inside(self, op: Op) -> Ref | None:
         """What would forget the layout, done on tensors whose chains come last as in memory."""
+        if op.func is aten.permute.default:
+            return self.permuted(*op.args)
         kind = _INSIDE.get(op.func)
         if kind is None or op.kwargs or len(op.args) < 2:
             return None
@@ -150,7 +163,7 @@ class _Columns:
         dims = [d % size for d in (op.args[1] if isinstance(op.args[1], (list, tuple)) else [op.args[1]])]
         if not dims or (away[-1] in dims and kind != "stack"):
             return None
-        inner = [self.emit(aten.permute.default, it, away) for it in many]
+        inner = [self.permuted(it, away) for it in many]
         if kind == "reduce":
             keep = len(op.args) > 2 and bool(op.args[2])
             places = [away.index(d) for d in dims]
@@ -185,7 +198,7 @@ class _Columns:
                 return it
             while self.values[it.index].dim() < len(away):
                 it = self.emit(aten.unsqueeze.default, it, 0)
-            return self.emit(aten.permute.default, it, away)
+            return self.permuted(it, away)
 
         self.ops.pop()
         return self.back(self.emit(op.func, *map(aligned, op.args), **op.kwargs), away)
