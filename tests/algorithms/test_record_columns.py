@@ -7,7 +7,7 @@ from pgen.algorithms.record import columns
 from pgen.algorithms.record.columns import columned
 from pgen.algorithms.record.cost import cost
 from pgen.algorithms.record.recorder import Recorder, recorded_run
-from pgen.algorithms.record.simplify import fastest
+from pgen.algorithms.record.simplify import fastest, guarded_in
 from pgen.algorithms.record.verify import Trial
 
 C, K, T = 64, 3, 16
@@ -99,3 +99,19 @@ def test_a_sum_whose_result_lies_otherwise_is_dear():
         return cost(tape, Trial.on(tape, [x]).values(tape))
 
     assert price(turned) > 2 * price(rows)
+
+
+def test_what_has_effects_is_not_performed():
+    seen = torch.zeros(C, K)
+
+    def fn(x):
+        seen.add_(1)
+        noise = torch.randn(C, T, dtype=x.dtype)
+        return rounds(x + noise) + seen.sum()
+
+    tape, trial = taped(fn)
+    values, before, state = trial.values(tape), seen.clone(), torch.get_rng_state()
+    guarded = guarded_in(tape, values)
+    assert columned(tape, values, guarded) is not None
+    assert torch.equal(seen, before)
+    assert torch.equal(torch.get_rng_state(), state)

@@ -74,16 +74,17 @@ def columned(tape: Tape, values: Values, guarded: set[int]) -> Tape | None:
 
 
 class _Columns:
-    """Writes the tape; every operation is performed as it is written, so that layouts are known."""
+    """Writes the tape; what has no effect but its result is performed as it is written, so that layouts are known."""
 
     def __init__(self, tape: Tape, values: Values, guarded: set[int], chains: int) -> None:
         self.tape, self.guarded, self.chains = tape, guarded, chains
+        self.before = values
         self.values = tape.start([values[i] for i in tape.inputs])
         self.ops: list[Op] = []
         self.names: dict[int, int] = {}
         self.views: dict[
             int, tuple[Ref, list[int]]
-        ] = {}  # of what each permuted tensor is a view, and in which order
+        ] = {}  # what permuted tensors are views of, in which order
         self.fresh = tape.fresh()
 
     def run(self) -> Tape:
@@ -93,14 +94,17 @@ class _Columns:
                 names[i] = self.turned(Ref(i)).index
         for old in tape.ops:
             op = old.renamed(names)
-            free = isinstance(op.out, Ref) and is_free(op, self.guarded)
+            free = is_free(op, self.guarded)
             found = self.inside(op) if free else None
             if found is not None:
                 names[op.out.index] = found.index
                 continue
             self.ops.append(op)
-            perform(op, self.values)
-            if not free:
+            if free:
+                perform(op, self.values)
+            else:
+                self.values.update((i, self.before[i]) for i in op.gives())
+            if not free or not isinstance(op.out, Ref):
                 continue
             if torch.Tag.pointwise in op.func.tags:
                 if self.spread(op):
