@@ -1,4 +1,4 @@
-"""How many chains there are by default, and that programs which take long to record are recorded once."""
+"""How many chains there are by default, that long programs are recorded once, and sampled right however long."""
 
 import pyro
 import pyro.distributions as dist
@@ -8,6 +8,7 @@ import torch
 import pgen
 from pgen.backends.mcmc import sizes
 from pgen.evaluation import Functions
+from pgen.metrics.chains import diagnose
 
 
 def hidden(length):
@@ -51,3 +52,44 @@ def test_a_long_program_is_recorded_once():
     sampled = fitted._answers.fitted
     assert sampled.chains.count == 128
     assert len(sampled.functions.target.recordings) == 1
+
+
+def truth(ys, grid):
+    """Mean and standard deviation of `gap` in `shifted`, by the forward algorithm on a grid."""
+    rows = torch.tensor([[0.9, 0.1], [0.2, 0.8]], dtype=torch.float64).log()
+    levels = torch.stack([torch.zeros_like(grid), grid], -1)
+    heights = dist.Normal(levels, 1.0).log_prob(ys[:, None, None])
+    forward = rows[0] + heights[0]
+    for height in heights[1:]:
+        forward = (forward.unsqueeze(-1) + rows).logsumexp(-2) + height
+    weights = (forward.logsumexp(-1) + dist.Normal(0.0, 3.0).log_prob(grid)).softmax(0)
+    mean = (weights * grid).sum()
+    return mean, (weights * (grid - mean) ** 2).sum().sqrt()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("length", [200, 2000])
+def test_a_hidden_chain_of_thousands_of_steps(length):
+    torch.manual_seed(length)
+    rows, states = torch.tensor([[0.9, 0.1], [0.2, 0.8]]), [0]
+    for _ in range(length):
+        states.append(int(torch.multinomial(rows[states[-1]], 1)))
+    ys = torch.randn(length, dtype=torch.float64) + 1.5 * torch.tensor(states[1:])
+
+    def shifted():
+        gap = pyro.sample("gap", dist.Normal(0.0, 3.0))
+        state = torch.tensor(0)
+        for t in range(length):
+            state = pyro.sample(f"s{t}", dist.Categorical(rows[state]))
+            pyro.sample(f"y{t}", dist.Normal(gap * state, 1.0), obs=ys[t])
+
+    backend = pgen.backend("mcmc", chains=32, warmup=100, draws=50)
+    fitted = pgen.fit(shifted, None, backend, run=pgen.Run(progress=False, precision="float64"))
+    draws = fitted.draws().by_chain()["gap"].double()
+    found = diagnose(draws, (0.5,))
+    mean, sd = truth(ys, torch.linspace(0.5, 2.5, 2001, dtype=torch.float64))
+    assert float(found.r_hat) < 1.05
+    assert abs(float(found.mean - mean)) < 5 * float(found.mcse_mean)  # fails a right sampler once in 10^6
+    assert abs(float(found.sd / sd) - 1) < 5 / (2 * float(found.ess_bulk)) ** 0.5
+    assert abs(float(found.mean - 1.5)) < 6 * float(sd)

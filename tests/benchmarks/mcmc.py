@@ -208,7 +208,8 @@ def cell(row: str, model: str, seed: int, interpreter: str | None) -> dict[str, 
             return {**found, "error": f"over {LIMIT} s"}
         lines = [line for line in out.stdout.splitlines() if line.startswith("{")]
         if out.returncode or not lines:
-            return {**found, "error": (out.stderr.strip().splitlines() or ["no output"])[-1][-300:]}
+            said = [line for line in out.stderr.splitlines() if "Error" in line] or out.stderr.splitlines()
+            return {**found, "error": (said or ["no output"])[-1][-300:]}
         found.update(json.loads(lines[-1]), process_s=ran)
         with np.load(path) as draws:
             found.update(diagnose(dict(draws)))

@@ -175,28 +175,29 @@ def numpyro_run(model: str, seed: int, parallel: bool) -> Outcome:
 
 
 def blackjax_run(model: str, seed: int, kind: str) -> Outcome:
-    """NUTS, ChEES-HMC or MEADS over NumPyro's potential, adaptation and draws under two jits."""
+    """NUTS, ChEES-HMC or MEADS over NumPyro's potential, adaptation and draws under two jits.
+
+    Positions are vectors: ChEES's adaptation (1.7.1) fails where a leaf of a tree is a matrix for each chain.
+    """
     import blackjax
     import jax
     import optax
+    from jax.flatten_util import ravel_pytree
     from numpyro.infer.util import initialize_model
 
     chains, count = (4, DRAWS) if kind == "nuts" else (128, MANY)
     began = time.perf_counter()
     info = initialize_model(jax.random.PRNGKey(9), numpyro_model(model))
-    leaves, tree = jax.tree.flatten(info.param_info.z)
+    first, tree_of = ravel_pytree(info.param_info.z)
 
     def logp(z):
-        return -info.potential_fn(z)
+        return -info.potential_fn(tree_of(z))
 
     key, split = jax.random.PRNGKey, jax.random.split
     functions: dict[str, Any] = {}
 
     def starts(k: Any) -> Any:
-        def at(k, v):
-            return jax.random.uniform(k, (chains, *v.shape), minval=-2.0, maxval=2.0)
-
-        return jax.tree.unflatten(tree, [at(k, v) for k, v in zip(split(k, len(leaves)), leaves)])
+        return jax.random.uniform(k, (chains, *first.shape), minval=-2.0, maxval=2.0)
 
     def tune(k: Any) -> Any:
         if kind == "nuts":
@@ -235,7 +236,7 @@ def blackjax_run(model: str, seed: int, kind: str) -> Outcome:
     compiled, (z, _) = once(lambda: full(seed + 1))
     tuned = jax.block_until_ready(warm(key(seed + 1)))
     seconds, (_, steps) = once(lambda: jax.block_until_ready(draw(key(3), *tuned)))
-    z = jax.vmap(jax.vmap(info.postprocess_fn))(z)
+    z = jax.vmap(jax.vmap(lambda z: info.postprocess_fn(tree_of(z))))(z)
     gradients = int(np.sum(np.asarray(steps) * np.ones((chains, count))))
     draws = {k: np.asarray(v) for k, v in z.items()}
     return draws, {"cold_s": cold, "compiled_s": compiled, "draw_s": seconds, "gradients": gradients}
