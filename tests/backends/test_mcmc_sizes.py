@@ -35,12 +35,12 @@ def functions(operations, numbers):
 @pytest.mark.parametrize("length", [3, 20, 300])
 def test_the_chains_that_are_tried_follow_the_numbers_of_the_program(length):
     structure = pgen.structure_of(hidden(length))
-    assert sizes.tried(structure) == {3: 256, 20: 128, 300: 32}[length]
+    assert sizes.tried(structure) == {3: 256, 20: 256, 300: 32}[length]
 
 
 def test_a_long_program_keeps_the_chains_that_it_was_recorded_for():
     brief, loop = pgen.structure_of(hidden(3)), pgen.structure_of(hidden(20))
-    for ratio, of_brief, of_loop in [(60, 32, 32), (70, 64, 128), (130, 128, 128), (300, 256, 128)]:
+    for ratio, of_brief, of_loop in [(60, 32, 32), (70, 64, 64), (130, 128, 256), (300, 256, 256)]:
         costs = functions(1000, 3 * 1000 * 1.5 * 1000 / 0.7 / ratio)
         assert sizes.chains_for(costs, "auto", brief) == of_brief
         assert sizes.chains_for(costs, "auto", loop) == of_loop
@@ -50,7 +50,7 @@ def test_a_long_program_is_recorded_once():
     run = pgen.Run(progress=False, compile="auto")
     fitted = pgen.fit(hidden(30), None, pgen.backend("mcmc", warmup=10, draws=2), run=run)
     sampled = fitted._answers.fitted
-    assert sampled.chains.count == 128
+    assert sampled.chains.count == 256
     assert len(sampled.functions.target.recordings) == 1
 
 

@@ -20,7 +20,7 @@ _NANOSECONDS = 0.7  # of each number, where there are many
 _DEARER = 3.0  # times as long as one chain is little more
 _SMALL = 128  # numbers in latents and data, for which the largest number of chains is tried at once
 _MANY_SITES = 32  # of a program with a Python loop, which takes long to record
-_BRIEF, _OF_LOOPS = 512, 128  # numbers in those, for which so many chains are tried at once
+_BRIEF = 512  # numbers in those, for which that is so
 _ENOUGH = 20_000  # draws in all
 _LEAST, _MOST_DRAWS = 400, 1000  # of each chain
 _FEWER = ((8000, 100), (2000, 200))  # of each chain, for programs of more operations than that
@@ -35,9 +35,7 @@ def kernel_for(chains: int | None) -> str:
 def tried(structure: Structure) -> int:
     """Chains for which a density is recorded first: one recording does, if there will be as many."""
     numbers = sum(math.prod(site.batch_shape + site.event_shape) for site in structure)
-    if _is_loop(structure):
-        return _OF_LOOPS if numbers <= _BRIEF else FEWEST
-    return MOST if numbers <= _SMALL else FEWEST
+    return MOST if numbers <= (_BRIEF if _is_loop(structure) else _SMALL) else FEWEST
 
 
 def chains_for(functions: Functions, kernel: object, structure: Structure) -> int:
