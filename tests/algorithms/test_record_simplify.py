@@ -393,3 +393,15 @@ def test_a_check_that_can_fail_stays() -> None:
     assert operations(lambda x: x.masked_fill(x < 0, 1.0), t(3))["aten.lt.Scalar"] == 1
     assert operations(lambda x: x.masked_fill(x.exp() <= 0, 1.0), t(3))["aten.le.Scalar"] == 1
     assert operations(lambda x: x.masked_fill(x.exp() < 1, 1.0), t(3))["aten.lt.Scalar"] == 1
+
+
+def test_pieces_put_together_lie_as_they_did_where_random_numbers_are_drawn() -> None:
+    """In the order of memory: a transpose in place of the stack would get them in another one."""
+
+    def run(x: Tensor) -> Tensor:
+        whole = torch.stack((x.t() * 2).unbind(1), 1) + 1
+        return torch.empty_like(whole).exponential_() + whole.sum()
+
+    (recording,) = check(run, (t(4, 5),), (t(4, 5),)).recordings.values()
+    assert recording.trouble is None
+    assert "aten.stack.default" not in {op.name for op in recording.tape.ops}

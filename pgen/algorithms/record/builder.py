@@ -33,6 +33,7 @@ class Builder:
         uses: how often a number is read.
         reader: the last operation that reads a number of the old tape.
         constants: tensors that are the same in every run.
+        drawing: whether there are random operations.
     """
 
     def __init__(self, tape: Tape, values: Values, guarded: set[int]) -> None:
@@ -42,6 +43,7 @@ class Builder:
         self.uses.update(tape.outputs)
         self.reader = {i: op for op in tape.ops for i in op.reads()}
         self.constants = {i: c for i, c in tape.constants.items() if i not in tape.live and i not in guarded}
+        self.drawing = any(op.random for op in tape.ops)
         self.ops: list[Op] = []
         self.added: dict[int, Tensor] = {}  # constants that the old tape did not have
         self.fresh = tape.fresh()

@@ -69,11 +69,14 @@ def restacked(b: Builder, op: Op) -> Ref | None:
     found = selected(b, base, dim, at)
     rank = b.value(found).dim()
     to = (op.args[1] if len(op.args) > 1 else 0) % rank
-    if to == dim:
-        return found
-    order = [d for d in range(rank) if d != dim]
-    order.insert(to, dim)
-    return b.emit(aten.permute.default, found, order)
+    if to != dim:
+        order = [d for d in range(rank) if d != dim]
+        order.insert(to, dim)
+        found = b.emit(aten.permute.default, found, order)
+    if b.drawing and b.value(found).stride() != b.value(op.out).stride():
+        # random numbers are drawn in the order of memory, and tensors made like this one lie as it does
+        return b.emit(aten.clone.default, found, memory_format=torch.contiguous_format)
+    return found
 
 
 def sum_of_selected(b: Builder, op: Op) -> Ref | None:
