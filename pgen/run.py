@@ -75,7 +75,7 @@ class Run:
         compile: "auto": a loss and its gradient are recorded at the second step and then replayed, which gives the
             same numbers faster; a program that cannot be recorded is run as written, and the history says why.
             "inductor": on the CPU, recordings are compiled by torch's compiler before they are used, which takes 20
-            to 45 seconds where it was not done before; what it leaves is kept on disk.
+            to 60 seconds where it was not done before; what it leaves is kept on disk.
             "background": likewise, but training goes on by replays in the meantime, so that the last digits
             depend on the clock. False: always as written. None: "auto".
 

@@ -367,13 +367,18 @@ def test_a_funnel_in_its_own_coordinates_is_sampled_right_and_is_not_otherwise()
     assert worst(wrong.draws().by_chain()["v"], TRUTH) > 10
 
 
+def through_a_flow(program, steps, warmup, draws):
+    """Draws by chain, in the coordinates of a flow that learned for so many steps."""
+    backend = pgen.backend("variational", guide="flow", particles=256)
+    guide = pgen.fit(program, None, backend, run=pgen.Run(steps=steps, lr=1e-2), seed=0)
+    options = {"kernel": "chees", "chains": 64, "warmup": warmup, "draws": draws, "target_accept": 0.8}
+    fitted = pgen.fit(program, None, pgen.backend("mcmc", precondition=guide, **options), seed=0)
+    return fitted.draws().by_chain()
+
+
 @pytest.mark.slow
 def test_a_funnel_through_a_learned_flow():
-    backend = pgen.backend("variational", guide="flow", particles=256)
-    guide = pgen.fit(funnel, None, backend, run=pgen.Run(steps=600, lr=1e-2), seed=0)
-    options = {"kernel": "chees", "chains": 64, "warmup": 200, "draws": 300, "target_accept": 0.8}
-    fitted = pgen.fit(funnel, None, pgen.backend("mcmc", precondition=guide, **options), seed=0)
-    draws = fitted.draws().by_chain()["v"]
+    draws = through_a_flow(funnel, steps=600, warmup=200, draws=300)["v"]
     assert worst(draws, TRUTH) < 6.5
     found = diagnose(draws.double(), (0.5,))
     assert float(found.ess_bulk) > 2000  # plain chains: 180, for 50 times as many gradients
@@ -388,10 +393,6 @@ def banana():
 
 @pytest.mark.slow
 def test_a_banana_through_a_learned_flow():
-    backend = pgen.backend("variational", guide="flow", particles=256)
-    guide = pgen.fit(banana, None, backend, run=pgen.Run(steps=400, lr=1e-2), seed=0)
-    options = {"kernel": "chees", "chains": 64, "warmup": 100, "draws": 200, "target_accept": 0.8}
-    fitted = pgen.fit(banana, None, pgen.backend("mcmc", precondition=guide, **options), seed=0)
-    draws = fitted.draws().by_chain()
+    draws = through_a_flow(banana, steps=400, warmup=100, draws=200)
     assert worst(draws["x"], TRUTH * 2 / 3) < 6.5
     assert worst(draws["y"], TRUTH) > 10  # the check can fail

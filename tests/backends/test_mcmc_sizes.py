@@ -88,8 +88,11 @@ def test_a_hidden_chain_of_thousands_of_steps(length):
     fitted = pgen.fit(shifted, None, backend, run=pgen.Run(progress=False, precision="float64"))
     draws = fitted.draws().by_chain()["gap"].double()
     found = diagnose(draws, (0.5,))
-    mean, sd = truth(ys, torch.linspace(0.5, 2.5, 2001, dtype=torch.float64))
+    grid = torch.linspace(0.5, 2.5, 2001, dtype=torch.float64)
+    mean, sd = truth(ys, grid)
+    half, _ = truth(ys[: length // 2], grid)
     assert float(found.r_hat) < 1.05
     assert abs(float(found.mean - mean)) < 5 * float(found.mcse_mean)  # fails a right sampler once in 10^6
+    assert abs(float(found.mean - half)) > 5 * float(found.mcse_mean)  # of half of the data it would be wrong
     assert abs(float(found.sd / sd) - 1) < 5 / (2 * float(found.ess_bulk)) ** 0.5
     assert abs(float(found.mean - 1.5)) < 6 * float(sd)
