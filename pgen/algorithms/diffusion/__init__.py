@@ -1,0 +1,1 @@
+"""Diffusion: one denoiser, noise levels, and everything that can be computed from the two. Pure torch."""
