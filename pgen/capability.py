@@ -117,6 +117,8 @@ class Estimate:
         dims: number of observed scalars per row, for bits per dimension.
         particles: draws spent per row, where draws were spent.
         khat: Pareto shape of the importance weights per row, where there were weights (trust below 0.7).
+        evaluations: network evaluations spent per row, where an equation was solved.
+        solver_error: size of the error that its solver made, in nats, shape `[n]`: what two tolerances differ by.
 
     >>> e = Estimate(torch.tensor([-64.0, -32.0]), Exactness.EXACT, measure="mass", dims=64)
     >>> e.kind == "exact", round(e.bits_per_dim(), 3)
@@ -130,6 +132,8 @@ class Estimate:
     dims: int | None = None
     particles: int | None = None
     khat: Tensor | None = None
+    evaluations: int | None = None
+    solver_error: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Accept the kind as a plain word too."""
@@ -145,7 +149,8 @@ class Estimate:
         stderr = (
             None if self.stderr is None else self.stderr.square().sum().sqrt() / max(1, self.stderr.numel())
         )
-        return replace(self, value=self.value.mean(), stderr=stderr, khat=None)
+        solver = None if self.solver_error is None else self.solver_error.mean()
+        return replace(self, value=self.value.mean(), stderr=stderr, khat=None, solver_error=solver)
 
     def bits_per_dim(self, cell: float | None = None) -> float:
         r"""Mean code length, $-\overline{\log p} / (D \ln 2)$, in bits per observed scalar.
@@ -193,7 +198,10 @@ class Estimate:
         """Say the mean, how exact it is, and of what."""
         error = "" if self.stderr is None else f" ± {float(self.mean().stderr):.3g}"  # type: ignore[arg-type]
         rows = f"{self.value.numel()} rows" if self.value.ndim else "mean"
-        return f"Estimate({float(self.value.mean()):.4f}{error} nats, {self.kind.value}, log {self.measure}, {rows})"
+        spent = "" if self.evaluations is None else f", {self.evaluations} evaluations"
+        if self.solver_error is not None:
+            spent += f", solver error {float(self.solver_error.mean()):.2g}"
+        return f"Estimate({float(self.value.mean()):.4f}{error} nats, {self.kind.value}, log {self.measure}, {rows}{spent})"
 
 
 _WRAPPERS = (torch.distributions.Independent, torch.distributions.TransformedDistribution)

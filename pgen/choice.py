@@ -9,8 +9,8 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from pgen.capability import Capability, Offer, Query, Refusal
-from pgen.conversion import Conversion
+from pgen.capability import Capability, Exactness, Offer, Query, Refusal
+from pgen.conversion import Conversion, exactness_of
 from pgen.errors import OptionError, Refused
 from pgen.protocols import Backend
 from pgen.structure import Structure
@@ -24,6 +24,8 @@ def require(
     latent: Collection[Capability] = (),
     observed: Collection[Capability] = (),
     via: Mapping[str, str] | None = None,
+    *,
+    random: bool = True,
 ) -> Paths | Refusal:
     """The conversions that give every site what a backend needs, or the first site that cannot have it.
 
@@ -32,6 +34,7 @@ def require(
         latent: capabilities needed at latent sites.
         observed: capabilities needed at observed sites.
         via: conversions to go through, by site, as the user asked.
+        random: whether a conversion may answer with another number each time.
 
     Raises:
         OptionError: `via` names a site that the program does not have.
@@ -50,7 +53,9 @@ def require(
         path: tuple[Conversion, ...] = ()
         for needed in observed if site.observed else latent:
             has = site.capabilities | {c.gives for c in path}
-            step = structure.conversions.path(has, needed, via.get(site.name) if not path else None)
+            step = structure.conversions.path(
+                has, needed, via.get(site.name) if not path else None, random=random
+            )
             if step is None:
                 able = ", ".join(sorted(c.value for c in site.capabilities)) or "nothing"
                 role = "observed" if site.observed else "latent"
@@ -65,7 +70,27 @@ def require(
     return paths
 
 
-def names_of(paths: Paths) -> dict[str, tuple[str, ...]]:
+def drawing(
+    structure: Structure, paths: Mapping[str, tuple[Conversion, ...]]
+) -> tuple[Paths, Exactness] | None:
+    """The paths, longer where a site needs more to be drawn, and how exact the draws are; None where one cannot be."""
+    whole, weakest = dict(paths), Exactness.EXACT
+    drawn = {Capability.SAMPLE, Capability.RSAMPLE}
+    for site in structure:
+        if site.factor or site.capabilities & drawn:
+            continue
+        path = whole.get(site.name, ())
+        if not any(c.gives in drawn for c in path):
+            step = structure.conversions.path(site.capabilities | {c.gives for c in path}, Capability.SAMPLE)
+            if step is None:
+                return None
+            path = whole[site.name] = (*path, *step)
+        how = exactness_of(c for c in path if c.gives in drawn)
+        weakest = min(weakest, how, key=lambda e: e.strength)
+    return whole, weakest
+
+
+def names_of(paths: Mapping[str, tuple[Conversion, ...]]) -> dict[str, tuple[str, ...]]:
     """Paths as an offer carries them: names of conversions by site."""
     return {site: tuple(c.name for c in path) for site, path in paths.items()}
 

@@ -33,6 +33,7 @@ class Conversion:
         exactness: how the converted answer relates to the truth.
         cost: relative cost of one use, for choosing between paths of equal exactness.
         methods: from the distribution to the methods that the converted one answers with, by name.
+        random: whether asking twice gives two numbers (a stochastic bound), so that a ratio of two means nothing.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Conversion:
     exactness: Exactness
     cost: float
     methods: Callable[[dist.Distribution], Mapping[str, Callable[..., Any]]]
+    random: bool = False
 
     def convert(self, distribution: dist.Distribution) -> dist.Distribution:
         """The distribution with the further capability."""
@@ -150,7 +152,12 @@ class Conversions:
         return graph
 
     def path(
-        self, has: frozenset[Capability], wanted: Capability, via: str | None = None
+        self,
+        has: frozenset[Capability],
+        wanted: Capability,
+        via: str | None = None,
+        *,
+        random: bool = True,
     ) -> tuple[Conversion, ...] | None:
         """The best conversions from what is there to what is wanted: most exact first, then cheapest.
 
@@ -160,17 +167,20 @@ class Conversions:
             has: capabilities of the distribution.
             wanted: the capability asked for.
             via: a conversion that the path must end with or pass through.
+            random: whether conversions may answer with random numbers.
 
         Returns:
             The conversions in order of application, empty if none is needed, None if there is no way.
         """
         if via is not None:
             forced = self.named(via)
-            first = [self.path(has, need) for need in sorted(forced.needs, key=lambda c: c.value)]
-            if any(p is None for p in first):
+            first = [
+                self.path(has, need, random=random) for need in sorted(forced.needs, key=lambda c: c.value)
+            ]
+            if any(p is None for p in first) or (forced.random and not random):
                 return None
             head = tuple(dict.fromkeys(c for p in first if p for c in p))
-            tail = self.path(has | {c.gives for c in head} | {forced.gives}, wanted)
+            tail = self.path(has | {c.gives for c in head} | {forced.gives}, wanted, random=random)
             return None if tail is None else (*head, forced, *tail)
         if wanted in has:
             return ()
@@ -187,7 +197,7 @@ class Conversions:
             best[capability] = path
             if capability is wanted:
                 return path
-            for c in self:
+            for c in self if random else (c for c in self if not c.random):
                 if capability in c.needs and c.needs <= best.keys() and c.gives not in best:
                     whole = (
                         *dict.fromkeys(
@@ -287,6 +297,7 @@ CORE = (
         Exactness.LOWER_BOUND,
         1.0,
         _bound_for_log_prob,
+        random=True,
     ),
     Conversion("draw", frozenset({_C.RSAMPLE}), _C.SAMPLE, Exactness.EXACT, 0.0, _draw),
     Conversion("autograd-score", frozenset({_C.LOG_DENSITY}), _C.SCORE, Exactness.EXACT, 1.0, _score),

@@ -17,6 +17,7 @@ from pgen.calling import name_of, signature_of
 from pgen.capability import Estimate, Offer, Query
 from pgen.draws import Draws
 from pgen.errors import DataError, Dishonest, OptionError, Unanswerable
+from pgen.handlers import Keep
 from pgen.history import History
 from pgen.inspection import inspect_problem
 from pgen.isolation import isolated, seed_or_fresh
@@ -307,7 +308,7 @@ class Learned:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the program with the learned tensors lent to it."""
-        with self._parameters.installed():
+        with self._parameters.installed(), Keep(self._parameters.installed):
             return self._program(*args, **kwargs)
 
 

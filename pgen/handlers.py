@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -140,6 +141,53 @@ class Adapt(Messenger):
         adapt = self.adapters.get(msg["name"])
         if adapt is not None:
             msg["fn"] = adapt(msg["fn"])
+
+
+class Keep(Messenger):
+    """Let laws that run a network when they are asked, not when they are made, run it with the tensors lent now.
+
+    They have a method `within(context)`: the same law, entering the context whenever it runs its network.
+    """
+
+    def __init__(self, context: Callable[[], AbstractContextManager[Any]]) -> None:
+        """Keep what lends the tensors."""
+        super().__init__()
+        self.context = context
+
+    def _pyro_sample(self, msg: Any) -> None:
+        msg["fn"] = self._kept(msg["fn"])
+
+    def _kept(self, fn: Any) -> Any:
+        if isinstance(fn, torch.distributions.Independent):
+            inner = self._kept(fn.base_dist)
+            return fn if inner is fn.base_dist else inner.to_event(fn.reinterpreted_batch_ndims)
+        within: Callable[..., Any] | None = getattr(fn, "within", None)
+        return fn if within is None else within(self.context)
+
+
+class Lent:
+    """A function that is called in a context; in all else the function itself, as it is there."""
+
+    def __init__(self, fn: Any, context: Callable[[], AbstractContextManager[Any]]) -> None:
+        """Keep both."""
+        self._fn, self._context = fn, context
+
+    def __call__(self, *args: Any) -> Any:
+        """Call the function in the context."""
+        with self._context():
+            return self._fn(*args)
+
+    def parameters(self) -> list[Tensor]:
+        """Its tensors to be learned, as they are in the context."""
+        return self._held("parameters")
+
+    def buffers(self) -> list[Tensor]:
+        """Its other tensors."""
+        return self._held("buffers")
+
+    def _held(self, name: str) -> list[Tensor]:
+        with self._context():
+            return list(getattr(self._fn, name, tuple)())
 
 
 class StandIn(Messenger):

@@ -184,7 +184,7 @@ def _inspect(problem: Problem, follow: bool) -> _Inspected:
 
 def _bent(problem: Problem, sites: Mapping[str, Site]) -> tuple[str, ...]:
     latents = [s.name for s in sites.values() if not s.observed and _is_real(s.support)]
-    dense = [s.name for s in sites.values() if s.capabilities & {Capability.LOG_PROB, Capability.LOG_DENSITY}]
+    dense = [s.name for s in sites.values() if s.weighable]
     return bent_sites(problem, latents, dense) if latents else ()
 
 

@@ -264,7 +264,7 @@ class Problem:
             if self.unobserved
             else Observe(self.observations, self.missing, fallback=self.inputs)
         )
-        with Adapt(self.adapters), StandIn(self.undrawable), meet:
+        with StandIn(self.undrawable), Adapt(self.adapters), meet:
             return self.program(*args, **kwargs)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import pyro
@@ -11,12 +11,12 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pgen.capability import Capability
 from pgen.handlers import Substitute
 from pgen.isolation import validating
 from pgen.problem import Problem
 from pgen.structure import Structure
 
+_ONWARD = 256  # draws of predicted sites made side by side
 _CHUNK = 64  # draws run side by side where every draw needs a row of inputs of its own
 
 
@@ -54,6 +54,30 @@ def draw(
         return _side_by_side(forward, structure, n, given or {}, diagonal=bool(structure.data_plates))
 
 
+def onward(
+    problem: Problem, structure: Structure, n: int, given: Mapping[str, Tensor], wanted: Collection[str]
+) -> dict[str, Tensor]:
+    """Draw sites that no observed value bears upon, given draws of the others: by running the program."""
+    if n and vectorizes(problem, structure):
+        parts = []
+        for start in range(0, n, _ONWARD):
+            some = {k: spread(v[start : start + _ONWARD], structure, k) for k, v in given.items()}
+            count = min(_ONWARD, n - start)
+            nodes: Any = (
+                poutine.trace(particles(Substitute(some)(problem), structure, count)).get_trace().nodes
+            )
+            drawn = {s: split(nodes[s]["value"], structure, s) for s in wanted}
+            parts.append({s: v.expand(count, *v.shape[1:]) for s, v in drawn.items()})
+        return {s: torch.cat([part[s] for part in parts]) for s in wanted}
+    kept: dict[str, list[Tensor]] = {s: [] for s in wanted}
+    for i in range(n):
+        some = {k: v[i] for k, v in given.items()}
+        nodes: Any = poutine.trace(Substitute(some)(problem)).get_trace().nodes
+        for s in wanted:
+            kept[s].append(nodes[s]["value"])
+    return {s: torch.stack(values) for s, values in kept.items()}
+
+
 def particles(problem: Any, structure: Structure, n: int) -> Any:
     """The program under an outermost plate of `n` particles, left of every batch dimension in use."""
     plate = pyro.plate("_particles", n, dim=-1 - structure.nesting)
@@ -73,9 +97,7 @@ def vectorizes(problem: Problem, structure: Structure) -> bool:
     """
 
     def has_density(name: str, node: Any = None) -> bool:
-        return name in structure.sites and bool(
-            structure.sites[name].capabilities & {Capability.LOG_PROB, Capability.LOG_DENSITY}
-        )
+        return name in structure.sites and structure.sites[name].weighable
 
     probe = problem.take(torch.arange(2) % problem.rows) if problem.rows is not None else problem
     try:

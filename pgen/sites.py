@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pgen.calling import name_of
 from pgen.capability import Capability, capabilities_of
+from pgen.conversion import Converted
 from pgen.errors import DataError, ProgramError
 from pgen.handlers import only_named
 from pgen.problem import Problem
@@ -166,7 +167,11 @@ class Watch(Progress):
         labels = self._labels(msg["mask"], msg["scale"])
         if factor:
             return frozenset({Capability.LOG_DENSITY}), labels | self._labels(fn.log_prob(value))
-        density = density_of(fn, capabilities)
+        while isinstance(
+            fn, Converted
+        ):  # what conversions compute depends on nothing else, and may take long
+            fn = fn.base
+        density = density_of(fn, capabilities_of(fn))
         if density is not None:
             try:
                 labels |= self._labels(density(value))
@@ -183,10 +188,12 @@ class Watch(Progress):
             labels -= {f"site:{msg['name']}"} | {
                 f"input:{k}" for k in self.problem.inputs
             } - self._input_labels(fn)
-            if density is None and Capability.SAMPLE in capabilities:
+            if density is None and Capability.SAMPLE in capabilities_of(fn):
                 labels |= self._labels(fn.sample())
         else:
             labels |= self._labels(value)
+        if Capability.DENOISER in capabilities:
+            labels |= self._labels(_base(fn).denoise(value, 1.0)) - {f"site:{msg['name']}"}
         return capabilities, labels
 
     def _input_labels(self, fn: Any) -> frozenset[str]:

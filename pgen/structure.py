@@ -72,6 +72,13 @@ class Site:
         return bool(getattr(self.support, "is_discrete", False))
 
 
+    @property
+    def weighable(self) -> bool:
+        """Whether it has a density of its own, not one that a denoiser has to be integrated for."""
+        own = {Capability.LOG_PROB, Capability.LOG_DENSITY} & self.capabilities
+        return bool(own) and Capability.DENOISER not in self.capabilities
+
+
 @dataclass(frozen=True)
 class Structure:
     """What pgen knows about a program before any inference.
@@ -134,6 +141,23 @@ class Structure:
         """What log probabilities of the observed sites are: of a "mass", a "density", or "mixed"."""
         kinds = {self.sites[n].discrete for n in self.observed}
         return "mixed" if len(kinds) == 2 else ("mass" if kinds == {True} else "density")
+
+    @property
+    def evidenced(self) -> frozenset[str]:
+        """Latents that the observed values bear upon. The others integrate to one, whatever their laws."""
+        found: set[str] = set()
+        ahead = [*self.observed, *self.factors]
+        while ahead:
+            for parent in self.sites[ahead.pop()].parents:
+                if parent not in found:
+                    found.add(parent)
+                    ahead.append(parent)
+        return frozenset(found.intersection(self.latents))
+
+    @property
+    def tied(self) -> bool:
+        """Whether the rows of the data share a latent, or there are none: log p is then one number for all."""
+        return not self.data_plates or any(not self.local(name) for name in self.latents)
 
     def local(self, name: str) -> bool:
         """Whether a site has a value of its own in every row."""

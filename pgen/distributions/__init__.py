@@ -1,6 +1,9 @@
 """Distributions that torch lacks, for use at any `pyro.sample` site; each declares what it can do."""
 
+from pgen.algorithms.diffusion.mixture import Mixture as MixtureDenoiser
+from pgen.algorithms.diffusion.schedules import EDM, VE, VP, RectifiedFlow, Schedule, SubVP
 from pgen.distributions.autoregressive import Autoregressive
+from pgen.distributions.diffusion import Diffusion
 from pgen.distributions.flow import Flow
 from pgen.distributions.heads import (
     Bernoulli,
@@ -12,18 +15,28 @@ from pgen.distributions.heads import (
     ordinal_logits,
 )
 from pgen.distributions.implicit import Implicit
+from pgen.distributions.masked_diffusion import MaskedDiffusion
 from pgen.distributions.quantized import Quantized
 
 __all__ = [
+    "EDM",
+    "VE",
+    "VP",
     "Autoregressive",
     "Bernoulli",
     "Categorical",
+    "Diffusion",
     "Flow",
     "GaussianMixture",
     "Head",
     "Implicit",
     "LogisticMixture",
+    "MaskedDiffusion",
+    "MixtureDenoiser",
     "Ordinal",
     "Quantized",
+    "RectifiedFlow",
+    "Schedule",
+    "SubVP",
     "ordinal_logits",
 ]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, NoReturn
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Size, Tensor
 from torch.distributions import constraints
 from torch.types import _size
 
-from pgen.capability import Capability
+from pgen.capability import Capability, capabilities_of
 from pgen.errors import Intractable, OptionError
 
 
@@ -34,6 +35,9 @@ class Quantized(TorchDistribution):
     mean grows with `particles` towards the mass (Burda et al. 2016); one particle is the classical bound
     (Theis et al. 2016). There is no `log_prob`. For a mass that is exact, see the heads of `Autoregressive`.
 
+    A base without a density of its own that bounds it (a `Diffusion`) serves as well: the bound is then the mean of its
+    bounds. What it lacks to be drawn from, this law lacks too; where it has a denoiser, conversions find it here.
+
     Where the base is not confined to the cells, `bound` leaves out the tails beyond the end cells (it stays a
     lower bound), and `sample` moves what falls there to the end cells.
 
@@ -46,7 +50,8 @@ class Quantized(TorchDistribution):
         validate_args: whether values are checked against the support; None for torch's default.
 
     Raises:
-        OptionError: fewer than two levels, no particles or a width that is not positive.
+        OptionError: fewer than two levels, no particles or a width that is not positive; or a base that has neither a
+            density nor a bound on it.
         Intractable: `log_prob` was asked for; it is a `NotImplementedError` too.
 
     References:
@@ -59,7 +64,6 @@ class Quantized(TorchDistribution):
         torch.Size([3])
     """
 
-    capabilities = frozenset({Capability.SAMPLE, Capability.BOUND})
     arg_constraints: Mapping[str, constraints.Constraint] = {}  # type: ignore[override]
     has_rsample = False
 
@@ -79,9 +83,23 @@ class Quantized(TorchDistribution):
                 "levels and 1 particle and a positive "
                 "width, e.g. Quantized(base, levels=256, width=1 / 256)"
             )
+        if not {Capability.LOG_PROB, Capability.BOUND, Capability.DENOISER} & capabilities_of(base):
+            raise OptionError(
+                f"Quantized: {type(base).__name__} has neither a log_prob nor a bound on it; expected a continuous law with one, "
+                "such as a Flow or a Diffusion"
+            )
         self.base = base
         self.levels, self.low, self.width, self.particles = levels, low, width, particles
         super().__init__(base.batch_shape, base.event_shape, validate_args=validate_args)
+
+    @property
+    def capabilities(self) -> frozenset[Capability]:
+        """A bound on the mass; draws and a denoiser where the base has them."""
+        own = capabilities_of(self.base)
+        found = {Capability.BOUND} | (own & {Capability.DENOISER})
+        if own & {Capability.SAMPLE, Capability.RSAMPLE}:
+            found.add(Capability.SAMPLE)
+        return frozenset(found)
 
     @property
     def support(self) -> constraints.Constraint:
@@ -102,8 +120,51 @@ class Quantized(TorchDistribution):
     @torch.no_grad()
     def sample(self, sample_shape: _size = ()) -> Tensor:
         """Integers, shape `[*sample_shape, *batch_shape, *event_shape]`."""
-        cells = torch.floor((self.base.sample(Size(sample_shape)) - self.low) / self.width)
-        return cells.clamp(0, self.levels - 1).long()
+        return self.cells(self.base.sample(Size(sample_shape)))
+
+    def cells(self, value: Tensor) -> Tensor:
+        """The integers whose cells real values fall into; those beyond the end cells count as in them."""
+        return torch.floor((value - self.low) / self.width).clamp(0, self.levels - 1).long()
+
+    def inside(self, value: Tensor) -> Tensor:
+        """Uniform draws from the cells of integers, one for each: real values of the same shape."""
+        if not value.is_floating_point():
+            able = Capability.DENOISER in self.capabilities
+            value = value.to(self.like.dtype if able else torch.get_default_dtype())
+        return self.low + self.width * (value + torch.rand_like(value))
+
+    @property
+    def volume(self) -> float:
+        """Log volume of a cell, in nats: what a log density at a cell has less than the log of its mass."""
+        return math.prod(self.event_shape) * math.log(self.width)
+
+    @property
+    def schedule(self) -> Any:
+        """Noise levels of the base, where it has a denoiser."""
+        return self.base.schedule  # type: ignore[attr-defined]
+
+    def within(self, context: Callable[[], AbstractContextManager[Any]]) -> Quantized:
+        """The same law, whose base runs its network in a context, if it runs one."""
+        inner = getattr(self.base, "within", None)
+        if inner is None:
+            return self
+        new = Quantized(inner(context), self.levels, low=self.low, width=self.width, particles=self.particles)
+        new._validate_args = self._validate_args
+        return new
+
+    @property
+    def unplaced(self) -> Any:
+        """The base for a single value, where all of the batch have the same and it has a denoiser; else None."""
+        return getattr(self.base, "unplaced", None)
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the dtype and on the device that values of the base have, where it has a denoiser."""
+        return self.base.like  # type: ignore[attr-defined]
+
+    def denoise(self, value: Tensor, sigma: Tensor | float) -> Tensor:
+        """Real values denoised by the base, where it has a denoiser."""
+        return self.base.denoise(value.to(self.like.dtype), sigma)  # type: ignore[attr-defined]
 
     def bound(self, value: Tensor) -> Tensor:
         """A stochastic lower bound on the log mass, in nats: fresh uniform draws at every call.
@@ -116,14 +177,13 @@ class Quantized(TorchDistribution):
         """
         if self._validate_args:
             self._validate_sample(value)
-        dtype = value.dtype if value.is_floating_point() else torch.get_default_dtype()
         shape = np.broadcast_shapes(value.shape, self.batch_shape + self.event_shape)
-        value = value.to(dtype).expand(shape)
-        inside = self.low + self.width * (
-            value + torch.rand(self.particles, *value.shape, dtype=dtype, device=value.device)
-        )
-        cells = math.prod(self.event_shape) * math.log(self.width)
-        return torch.logsumexp(self.base.log_prob(inside), 0) - math.log(self.particles) + cells
+        inside = self.inside(value.expand(self.particles, *shape))
+        if Capability.LOG_PROB in capabilities_of(self.base):
+            log = torch.logsumexp(self.base.log_prob(inside), 0) - math.log(self.particles)
+        else:  # the mean of bounds is one, the log of the mean of their exponentials is none
+            log = self.base.bound(inside).mean(0)  # type: ignore[attr-defined]
+        return log + self.volume
 
     def log_prob(self, value: Tensor) -> NoReturn:
         """Not to be had: raises Intractable."""

@@ -12,21 +12,19 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pgen.backends.exact.groups import Group, evidenced, groups_of, is_tied, predicted
+from pgen.backends.exact.groups import Group, groups_of, predicted
 from pgen.backends.exact.joint import axes_of
 from pgen.backends.exact.laws import Law, join
 from pgen.backends.exact.solution import Solution
 from pgen.capability import Estimate, Exactness, Refusal
 from pgen.choice import refusal_text
 from pgen.errors import Refused
-from pgen.handlers import Substitute
 from pgen.history import History
 from pgen.parameters import Parameters
 from pgen.problem import Problem
-from pgen.sampling import draw, observed_scalars, particles, split, spread, vectorizes
+from pgen.sampling import draw, observed_scalars, onward
 from pgen.structure import Structure
 
-_CHUNK = 256  # draws of predicted sites made side by side
 _PROOF_ROWS = 4  # rows at which a group is shown to be Gaussian or conjugate
 T = TypeVar("T")
 
@@ -83,7 +81,7 @@ class Integrated:
 
     def log_prob(self, problem: Problem, structure: Structure) -> Estimate:
         """Exact log probability of the observed values, all other sites integrated out."""
-        groups = self.groups(structure, evidenced(structure))
+        groups = self.groups(structure, structure.evidenced)
         parts = self._solved(problem, structure, groups, lambda solution: solution.evidence())
         return Estimate(
             torch.cat(parts).to(dtype=_dtype(structure, groups)),
@@ -101,7 +99,7 @@ class Integrated:
 
     def posterior(self, problem: Problem, structure: Structure, n: int) -> Mapping[str, Tensor]:
         """Exact joint draws of every unobserved site."""
-        given = evidenced(structure)
+        given = structure.evidenced
         finite = (s for s in predicted(structure, given) if structure.sites[s].enumerable)
         groups = self.groups(structure, given.union(finite))
         parts = self._solved(problem, structure, groups, lambda solution: solution.draws(n))
@@ -113,12 +111,12 @@ class Integrated:
         missing = [name for name in structure.latents if name not in values]
         if missing:
             with self.parameters.installed():
-                values |= _onward(problem, structure, n, values, missing)
+                values |= onward(problem, structure, n, values, missing)
         return values
 
     def marginals(self, problem: Problem, structure: Structure) -> Mapping[str, Any]:
         """Exact laws of unobserved sites; one whose law has no closed form is left out."""
-        given = evidenced(structure)
+        given = structure.evidenced
         further = predicted(structure, given)
         try:
             laws = self._laws(problem, structure, given | further)
@@ -146,9 +144,9 @@ class Integrated:
         Raises:
             Refused: one of them is not; names a site.
         """
-        groups = self.groups(self.structure, evidenced(self.structure))
+        groups = self.groups(self.structure, self.structure.evidenced)
         problem = self.problem
-        if not is_tied(self.structure) and problem.rows is not None:
+        if not self.structure.tied and problem.rows is not None:
             problem = problem.take(torch.arange(min(_PROOF_ROWS, problem.rows)))
         return (
             any(self._solved(problem, self.structure, groups, lambda solution: solution.apart))
@@ -213,7 +211,7 @@ def _slices(
     problem: Problem, structure: Structure, groups: Sequence[Group], max_table: int
 ) -> Iterator[Problem]:
     """The problem in slices of rows whose tensors stay within the limit; whole, where the rows are tied."""
-    if problem.rows is None or is_tied(structure):
+    if problem.rows is None or structure.tied:
         yield problem
         return
     step = max(1, max_table // _numbers_per_row(structure, groups))
@@ -234,30 +232,6 @@ def _numbers_per_row(structure: Structure, groups: Sequence[Group]) -> int:
             width = sum(structure.sites[name].event_shape.numel() for name in group.latents)
             worst = max(worst, width**2)
     return worst
-
-
-def _onward(
-    problem: Problem, structure: Structure, n: int, given: Mapping[str, Tensor], wanted: Collection[str]
-) -> dict[str, Tensor]:
-    """Draw sites that no observed value bears upon, given draws of the others: by running the program."""
-    if n and vectorizes(problem, structure):
-        parts = []
-        for start in range(0, n, _CHUNK):
-            some = {k: spread(v[start : start + _CHUNK], structure, k) for k, v in given.items()}
-            count = min(_CHUNK, n - start)
-            nodes: Any = (
-                poutine.trace(particles(Substitute(some)(problem), structure, count)).get_trace().nodes
-            )
-            drawn = {s: split(nodes[s]["value"], structure, s) for s in wanted}
-            parts.append({s: v.expand(count, *v.shape[1:]) for s, v in drawn.items()})
-        return {s: torch.cat([part[s] for part in parts]) for s in wanted}
-    kept: dict[str, list[Tensor]] = {s: [] for s in wanted}
-    for i in range(n):
-        some = {k: v[i] for k, v in given.items()}
-        nodes: Any = poutine.trace(Substitute(some)(problem)).get_trace().nodes
-        for s in wanted:
-            kept[s].append(nodes[s]["value"])
-    return {s: torch.stack(values) for s, values in kept.items()}
 
 
 def _dtype(structure: Structure, groups: Sequence[Group]) -> torch.dtype | None:

@@ -47,23 +47,6 @@ class Group:
     method: Method
 
 
-def is_tied(structure: Structure) -> bool:
-    """Whether the rows of the data share a latent, or there are none: log p is then one number for all."""
-    return not structure.data_plates or any(not structure.local(name) for name in structure.latents)
-
-
-def evidenced(structure: Structure) -> frozenset[str]:
-    """Latents that the observed values bear upon. The others integrate to one, whatever their laws."""
-    found: set[str] = set()
-    ahead = [*structure.observed, *structure.factors]
-    while ahead:
-        for parent in structure.sites[ahead.pop()].parents:
-            if parent not in found:
-                found.add(parent)
-                ahead.append(parent)
-    return frozenset(found.intersection(structure.latents))
-
-
 def predicted(structure: Structure, given: Collection[str]) -> frozenset[str]:
     """Latents that no observed value bears upon, and that can yet join the group of their parents."""
     found: set[str] = set()
@@ -216,7 +199,7 @@ def _too_large(structure: Structure, finite: list[Group], max_table: int) -> Ref
     rows = structure.data_plate
     if rows in sizes:
         sizes[rows] = 1
-    keep = () if rows not in sizes or is_tied(structure) else (rows,)
+    keep = () if rows not in sizes or structure.tied else (rows,)
     try:
         plan_scopes(tuple(scopes), tuple(variables.items()), tuple(sizes.items()), keep, (), max_table)
     except Intractable as error:

@@ -11,11 +11,11 @@ from torch import Tensor
 from pgen.algorithms.factor_graph import MAX_TABLE
 from pgen.backends.exact.answers import Integrated
 from pgen.backends.exact.climb import maximise
-from pgen.backends.exact.groups import Group, evidenced, groups_of, is_tied
+from pgen.backends.exact.groups import Group, groups_of
 from pgen.backends.exact.mode import Mode, examine_mode, fit_mode
 from pgen.backends.exact.solution import Solution
 from pgen.capability import Capability, Exactness, Offer, Query, Rank, Refusal
-from pgen.choice import Paths, learned_factor, names_of, require
+from pgen.choice import Paths, drawing, learned_factor, names_of, require
 from pgen.conversion import exactness_of
 from pgen.errors import OptionError
 from pgen.isolation import validating
@@ -94,21 +94,22 @@ class Exact:
             )
             return Refusal(site, "an exact log_prob", why)
         if self.estimate == "map":
-            return examine_mode(structure, names_of(paths))
-        groups = groups_of(structure, evidenced(structure), self.max_table)
+            return examine_mode(structure, paths)
+        groups = groups_of(structure, structure.evidenced, self.max_table)
         if isinstance(groups, Refusal):
             return groups
         exact = Exactness.EXACT
         answers = {Query.LOG_PROB: Exactness.LOWER_BOUND if bounded else exact}
         if structure.factors:
             answers[Query.LOG_PROB] = Exactness.UNNORMALIZED
-        if not structure.factors and all(Capability.SAMPLE in s.capabilities for s in structure):
-            answers[Query.SAMPLE] = exact
+        drawn = None if structure.factors else drawing(structure, paths)
+        if drawn is not None:
+            answers[Query.SAMPLE] = drawn[1]
         if (structure.latents or len(structure.observed) > 1) and not bounded:
             answers |= {Query.POSTERIOR: exact, Query.MARGINALS: exact}
         certain = all(group.method in ("finite", "gaussian") for group in groups)
         rank = Rank.IDEAL if certain and not bounded else Rank.POSSIBLE
-        return Offer(answers, rank, _why(groups) + _caveat(bounded), names_of(paths))
+        return Offer(answers, rank, _why(groups) + _caveat(bounded), names_of(drawn[0] if drawn else paths))
 
     def fit(self, problem: Problem, structure: Structure, run: Run) -> Integrated | Mode:
         """Maximise the evidence of the data in the learned tensors, if there are any."""
@@ -119,7 +120,7 @@ class Exact:
         bounded = frozenset() if isinstance(paths, Refusal) else _bounded(paths)
         answers = Integrated(problem, structure, parameters, self.max_table, bounded)
         apart = answers.prove()
-        groups = answers.groups(structure, evidenced(structure))
+        groups = answers.groups(structure, structure.evidenced)
         count = problem.rows or 1
 
         def loss(batch: Problem, step: Step) -> tuple[Tensor, Mapping[str, float | Tensor]]:
@@ -129,7 +130,7 @@ class Exact:
                 return -solution.evidence().sum() / (batch.rows or count), {}
 
         # Rows that share a latent have one evidence, which no batch of them can estimate.
-        learned = problem.whole() if is_tied(structure) else problem
+        learned = problem.whole() if structure.tied else problem
         player = Player(parameters.tensors, loss)
         answers.history = maximise(player, learned, structure, run, parameters.buffers)
         if parameters.tensors:

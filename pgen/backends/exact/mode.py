@@ -13,9 +13,9 @@ from torch.distributions import biject_to
 
 from pgen.backends.exact.climb import Climb, differentiated, maximise
 from pgen.backends.exact.finite import FinitePart
-from pgen.backends.exact.groups import evidenced, groups_of
-from pgen.capability import Exactness, Offer, Query, Rank, Refusal
-from pgen.choice import refusal_text
+from pgen.backends.exact.groups import groups_of
+from pgen.capability import Capability, Offer, Query, Rank, Refusal
+from pgen.choice import Paths, drawing, names_of, refusal_text
 from pgen.enumeration import enumerate_sites
 from pgen.errors import Refused
 from pgen.history import History
@@ -29,15 +29,21 @@ from pgen.structure import Structure
 _DRAWS = 9  # from the prior, to begin at their median
 
 
-def examine_mode(structure: Structure, paths: Mapping[str, tuple[str, ...]]) -> Offer | Refusal:
+def examine_mode(structure: Structure, paths: Paths) -> Offer | Refusal:
     """Offer draws of the program only: a point is neither a posterior nor an evidence."""
     drawn = [s for s in structure.latents if not structure.sites[s].enumerable]
     for name in drawn:
         if structure.sites[name].discrete:
             law = structure.sites[name].distribution
             return Refusal(name, "a finite or continuous support", f"{law} at {name!r} counts without end")
+    whole = drawing(structure, paths)
+    if whole is None:
+        why = (
+            f"nothing draws from all of the sites of {structure.name}, and draws are all that a point answers"
+        )
+        return Refusal(None, Capability.SAMPLE.value, why)
     why = f"the most probable values of {', '.join(drawn[:4]) or 'no latent'} are learned as parameters are"
-    return Offer({Query.SAMPLE: Exactness.EXACT}, Rank.POSSIBLE, why, paths)
+    return Offer({Query.SAMPLE: whole[1]}, Rank.POSSIBLE, why, names_of(whole[0]))
 
 
 class At(Messenger):
@@ -110,7 +116,7 @@ def fit_mode(
 
 def _start(problem: Problem, structure: Structure) -> dict[str, Tensor]:
     """A middling draw from the prior of every continuous latent that the data bears upon, unconstrained."""
-    names = [s for s in evidenced(structure) if not structure.sites[s].enumerable]
+    names = [s for s in structure.evidenced if not structure.sites[s].enumerable]
     if not names:
         return {}
     with torch.no_grad():
@@ -127,7 +133,7 @@ def _log_joint(
 ) -> Tensor:
     """Log joint density at the points, summed over finite latents."""
     run = At(points)(problem)
-    finite = [s for s in evidenced(structure) if structure.sites[s].enumerable]
+    finite = [s for s in structure.evidenced if structure.sites[s].enumerable]
     counted = {*structure.observed, *structure.factors, *points}
     if not finite:
         factors = enumerate_sites(run, structure).factors

@@ -13,7 +13,7 @@ from pgen.algorithms.factor_graph import Factor
 from pgen.backends.exact.conjugate import ConjugatePart
 from pgen.backends.exact.finite import FinitePart
 from pgen.backends.exact.gaussian import GaussianPart
-from pgen.backends.exact.groups import Group, is_tied
+from pgen.backends.exact.groups import Group
 from pgen.backends.exact.joint import Joint, by_row
 from pgen.backends.exact.laws import Law
 from pgen.enumeration import enumerate_sites
@@ -76,7 +76,7 @@ class Solution:
         Raises:
             Refused: a group that cannot be integrated; names a site.
         """
-        rows = None if is_tied(structure) else structure.data_plate
+        rows = None if structure.tied else structure.data_plate
         finite = [group for group in groups if group.method == "finite"]
         summed = {name for group in finite for name in group.latents}
         drawn = [name for name in structure.latents if name not in summed]

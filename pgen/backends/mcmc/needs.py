@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch.distributions import biject_to, constraints
 
 from pgen.capability import Capability, Exactness, Offer, Query, Rank, Refusal
-from pgen.choice import Paths, learned_factor, names_of, require
+from pgen.choice import Paths, drawing, learned_factor, names_of, require
 from pgen.conversion import exactness_of
 from pgen.factoring import outside_plates
 from pgen.structure import Site, Structure
@@ -111,15 +111,17 @@ def _densities(structure: Structure, via: Mapping[str, str]) -> Paths | Refusal:
     if not asked and not via:
         return {}
     needed = [Capability.LOG_DENSITY]
-    paths = require(structure, latent=needed, observed=needed, via=via)
+    # A ratio of two random numbers accepts nothing rightly.
+    paths = require(structure, latent=needed, observed=needed, via=via, random=False)
     return paths if isinstance(paths, Refusal) else {s: p for s, p in paths.items() if s in asked}
 
 
 def offer(structure: Structure, found: Needs, kernel: str, evidence: bool) -> Offer:
     """What is answered, and how exactly."""
     answers: dict[Query, Exactness] = {}
-    if all({Capability.SAMPLE, Capability.RSAMPLE} & s.capabilities for s in structure if not s.factor):
-        answers[Query.SAMPLE] = Exactness.EXACT
+    drawn = drawing(structure, found.paths)
+    if drawn is not None:
+        answers[Query.SAMPLE] = drawn[1]
     weakest = min(
         (exactness_of(p) for p in found.paths.values()), key=lambda e: e.strength, default=Exactness.EXACT
     )
@@ -131,9 +133,9 @@ def offer(structure: Structure, found: Needs, kernel: str, evidence: bool) -> Of
     elements = sum(
         math.prod(structure.sites[s].batch_shape + structure.sites[s].event_shape) for s in found.moved
     )
-    small = not found.flipped and (not local or elements <= _MANY)
+    small = weakest is Exactness.EXACT and not found.flipped and (not local or elements <= _MANY)
     rank = Rank.IDEAL if small and structure.observed else Rank.POSSIBLE
-    return Offer(answers, rank, _why(found, kernel, local), names_of(dict(found.paths)))
+    return Offer(answers, rank, _why(found, kernel, local), names_of(drawn[0] if drawn else found.paths))
 
 
 def _why(found: Needs, kernel: str, local: list[str]) -> str:

@@ -54,10 +54,12 @@ class Posterior:
         evaluate: str,
         particles: int,
         correction: str,
+        exactness: Exactness = Exactness.EXACT,
     ) -> None:
-        """Keep what a fit settled."""
+        """Keep what a fit settled; no log probability is more exact than `exactness`, whatever the latents."""
         self.parameters, self.coupling, self.proposal, self.problem = parameters, coupling, proposal, problem
         self.evaluate, self.particles, self.correction = evaluate, particles, correction
+        self.exactness = exactness
         self.history = History()
 
     def tensors(self) -> Mapping[str, Tensor]:
@@ -89,7 +91,7 @@ class Posterior:
         proper = all(Capability.LOG_PROB in s.capabilities or problem.adapters.get(s.name) for s in structure)
         loose = None if proper else Exactness.UNNORMALIZED
         if not self.coupling.order:
-            return Estimate(log_w[0], loose or Exactness.EXACT, **common)
+            return Estimate(log_w[0], loose or self.exactness, **common)
         if self.evaluate == "bound":
             stderr = log_w.std(0) / log_w.shape[0] ** 0.5
             kind = loose or Exactness.LOWER_BOUND

@@ -16,7 +16,7 @@ from pgen.backends.variational.players import Players, Terms
 from pgen.backends.variational.proposal import Kind, Proposal, automatic, prior, users
 from pgen.backends.variational.settle import couple, settle, unsummable
 from pgen.backends.variational.simulate import as_observed, dreams
-from pgen.capability import Offer, Refusal
+from pgen.capability import Exactness, Offer, Query, Refusal
 from pgen.choice import refusal_text
 from pgen.errors import OptionError, ProgramError, Refused
 from pgen.guides.families import FAMILIES, Family
@@ -168,6 +168,8 @@ class Variational:
     def fit(self, problem: Problem, structure: Structure, run: Run) -> Posterior:
         """Learn the tensors of the program and of the guide."""
         asleep = self.objective == "forward-kl"
+        offered = self.examine(structure)
+        exactness = offered.answers.get(Query.LOG_PROB) if isinstance(offered, Offer) else None
         if asleep:
             problem, structure = as_observed(problem, structure)
         proposal, summed = self._proposal(problem, structure)
@@ -180,7 +182,14 @@ class Variational:
             coupling = couple(proposal, structure, summed)
             coupling = settle(coupling, few, analytic=self.objective == "elbo", particles=True)
         fitted = Posterior(
-            parameters, coupling, proposal, problem, self.evaluate, self.evaluation_particles, self.correction
+            parameters,
+            coupling,
+            proposal,
+            problem,
+            self.evaluate,
+            self.evaluation_particles,
+            self.correction,
+            exactness or Exactness.EXACT,
         )
         players = Players(self._terms(coupling, self._several(coupling, problem, run)), parameters, coupling)
         if asleep:

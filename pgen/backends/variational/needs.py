@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pgen.capability import Capability, Exactness, Offer, Query, Rank, Refusal
-from pgen.choice import learned_factor, names_of, require
+from pgen.choice import drawing, learned_factor, names_of, require
 from pgen.conversion import Conversion, exactness_of
 from pgen.errors import PgenError
 from pgen.factoring import outside_plates
@@ -97,8 +97,9 @@ def summable(structure: Structure) -> tuple[str, ...]:
 def offer(structure: Structure, found: Needs, *, bound: bool, simulated: bool) -> Offer:
     """What is answered, and how exactly."""
     answers: dict[Query, Exactness] = {}
-    if all({Capability.SAMPLE, Capability.RSAMPLE} & s.capabilities for s in structure if not s.factor):
-        answers[Query.SAMPLE] = Exactness.EXACT
+    drawn = drawing(structure, found.paths)
+    if drawn is not None:
+        answers[Query.SAMPLE] = drawn[1]
     weakest = min(
         (exactness_of(p) for p in found.paths.values()), key=lambda e: e.strength, default=Exactness.EXACT
     )
@@ -115,9 +116,8 @@ def offer(structure: Structure, found: Needs, *, bound: bool, simulated: bool) -
     answers[Query.POSTERIOR] = answers[Query.MARGINALS] = inferred
     if answers[Query.LOG_PROB] is Exactness.SURROGATE:
         del answers[Query.LOG_PROB]
-    return Offer(
-        answers, _rank(structure, found), _why(structure, found, simulated), names_of(dict(found.paths))
-    )
+    paths = drawn[0] if drawn else found.paths
+    return Offer(answers, _rank(structure, found), _why(structure, found, simulated), names_of(paths))
 
 
 def _rank(structure: Structure, found: Needs) -> Rank:
