@@ -53,7 +53,7 @@ class Run:
             never.
         weight_decay: None means the optimiser's default.
         ema: fit the exponential moving average of the parameters: its decay (below 1) or its half-life in
-            steps.
+            steps; or "power:0.1", one whose memory is that share of the training so far (Karras et al. 2024).
         validation: rows to look at but not to learn from: a fraction of the data, or data of their own.
         validate_every: steps between looks. None: twenty looks per run.
         patience: looks without a new lowest held-out loss before stopping early; the parameters of the lowest
@@ -100,7 +100,7 @@ class Run:
     warmup_steps: int = 0
     clip_norm: float | None = 10.0
     weight_decay: float | None = None
-    ema: float | None = None
+    ema: float | str | None = None
     validation: float | Data | None = None
     validate_every: int | None = None
     patience: int | None = None

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from pgen.algorithms.diffusion.averaging import power_decay, power_of
 from pgen.errors import OptionError
 from pgen.training.adam import Adam
 
@@ -109,22 +110,36 @@ class Rate:
         return rise * SCHEDULES[self.schedule](min(1.0, done))
 
 
+def width_of(ema: str) -> float:
+    """The share of the training that an average remembers, from the option "power:0.1".
+
+    Raises:
+        ValueError: it is none.
+    """
+    kind, _, width = ema.partition(":")
+    if kind != "power":
+        raise ValueError(f"ema={ema!r}: expected 'power:' and a share of the training, as in 'power:0.1'")
+    power_of(float(width))
+    return float(width)
+
+
 @dataclass
 class Average:
     """Exponential moving average of tensors that are trained in place.
 
     With decay d the average moves by 1 - min(d, (1 + t) / (10 + t)) after update t, so that it forgets where
-    training began (the rule of TensorFlow's ExponentialMovingAverage).
+    training began (the rule of TensorFlow's ExponentialMovingAverage). Or its memory is a share of the training so far
+    (see `pgen.algorithms.diffusion.averaging`).
 
     Attributes:
         sources: the tensors that training moves.
-        decay: d, between 0 and 1.
+        decay: d, from an update t counted from 1.
         values: their averages.
         updates: t.
     """
 
     sources: Sequence[Tensor]
-    decay: float
+    decay: Callable[[int], float]
     values: list[Tensor] = field(init=False)
     updates: int = 0
 
@@ -133,14 +148,23 @@ class Average:
         self.values = [tensor.detach().clone() for tensor in self.sources]
 
     @staticmethod
-    def decay_of(ema: float) -> float:
-        """The decay that an option means: itself below 1, else the half-life in steps."""
-        return ema if ema < 1 else 0.5 ** (1.0 / ema)
+    def decay_of(ema: float | str) -> Callable[[int], float]:
+        """The decay that an option means: a number below 1, a half-life in steps, or "power:" and a share.
+
+        >>> half_life, power = Average.decay_of(10), Average.decay_of("power:0.1")
+        >>> round(half_life(1000), 4), round(power(1000), 4)
+        (0.933, 0.9921)
+        """
+        if isinstance(ema, str):
+            power = power_of(width_of(ema))
+            return lambda t: power_decay(t, power)
+        decay = ema if ema < 1 else 0.5 ** (1.0 / ema)
+        return lambda t: min(decay, (1 + t) / (10 + t))
 
     def update(self) -> None:
         """Move towards the present values."""
         self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        decay = self.decay(self.updates)
         get_ema_multi_avg_fn(decay)(self.values, list(self.sources), self.updates)
 
     @torch.no_grad()

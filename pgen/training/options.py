@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pgen.training.optimizers import OPTIMIZERS, SCHEDULES
+from pgen.training.optimizers import OPTIMIZERS, SCHEDULES, width_of
 
 
 def _whole(least: int) -> Callable[[Any], bool]:
@@ -71,6 +71,16 @@ def _is_device(value: Any) -> bool:
     return bool(there) and (device.index or 0) < module.device_count()  # type: ignore[union-attr]
 
 
+def _is_average(value: Any) -> bool:
+    """Whether this names an average of parameters."""
+    if not isinstance(value, str):
+        return _positive(value)
+    try:
+        return width_of(value) > 0
+    except ValueError:
+        return False
+
+
 def devices_of(value: Any) -> tuple[str, ...]:
     """The names of the devices that an option stands for; none where it leaves the choice open.
 
@@ -116,7 +126,10 @@ EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "warmup_steps": (_whole(0), "a whole number of at least 0"),
     "clip_norm": (_maybe(_positive), "a number above 0, or None not to clip gradients"),
     "weight_decay": (_maybe(_number(lambda value: value >= 0)), "a number of at least 0, or None"),
-    "ema": (_maybe(_positive), "a decay below 1, for example 0.999, a half-life in steps from 1 on, or None"),
+    "ema": (
+        _maybe(_is_average),
+        "a decay below 1, for example 0.999, a half-life in steps from 1 on, 'power:' and a share, or None",
+    ),
     "validation": (
         _maybe(_is_validation),
         "a fraction of the data between 0.0 and 1.0, data of their own, or None",

@@ -24,7 +24,7 @@ BAD = {
     "warmup_steps": [-1, None, 1.5],
     "clip_norm": [0, -1.0, "no"],
     "weight_decay": [-0.1, math.nan],
-    "ema": [0, -0.9, math.inf],
+    "ema": [0, -0.9, math.inf, "power", "power:0.5", "half:3"],
     "validation": [0.0, 1.0, 1.5, 3, True, "10%"],
     "validate_every": [0, 2.5],
     "patience": [0, -1],
@@ -214,6 +214,16 @@ def test_the_average_is_what_is_kept():
     run = Run(steps=20, optimizer="sgd", lr=1.0, schedule="constant", ema=math.log(0.5) / math.log(0.8))
     run.optimize({"p": player}, problem(10))
     assert torch.allclose(a, by_half_life, atol=1e-4)
+
+
+def test_an_average_may_remember_a_share_of_the_training():
+    """Of a tensor that grows by one a step: t (g + 1) / (g + 2), where (g + 1) / (g + 2)^2 (g + 3) = 0.1^2."""
+    a = torch.zeros(1, requires_grad=True)
+    player = Player({"a": a}, lambda batch, step: (-a.sum(), {}))
+    Run(steps=400, optimizer="sgd", lr=1.0, schedule="constant", ema="power:0.1").optimize({"p": player}, problem(10))
+    g = 6.937
+    assert abs((g + 1) / ((g + 2) ** 2 * (g + 3)) - 0.01) < 1e-5
+    assert abs(a.item() / 400 - (g + 1) / (g + 2)) < 0.005
 
 
 # --- random numbers -----------------------------------------------------------------------------------------
