@@ -25,6 +25,7 @@ TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 DATA = {
     "made": "digits",
     "vae": "digits",
+    "diffusion": "gaussians",
     "mixture": "gaussians",
     "ppca": "gaussians",
     "logistic-regression": "digits-labelled",
@@ -41,6 +42,21 @@ def rows():
     return [
         (program, backend, [cell.strip() for cell in cells.split("|")]) for program, backend, cells in lines
     ]
+
+
+def test_a_diffusion_is_conditioned_on_counts(tmp_path):
+    """x ~ N(0, I) as learned; given the count 7 of rate exp(x1 + x2), the posterior of the sum by quadrature."""
+    code = next(block for block in blocks("python") if "Diffusion(" in block)
+    (tmp_path / "diffusion.py").write_text("import torch, pyro, pyro.distributions as dist, pgen\n" + code)
+    torch.manual_seed(0)
+    fitted = runpy.run_path(str(tmp_path / "diffusion.py"))["fitted"]
+    drawn = fitted.posterior({"y": torch.tensor([7.0])}, n=1000, seed=0)["x"].sum(-1)
+    s = torch.linspace(-6, 6, 4001)
+    weight = (-s.square() / 4 + 7 * s - s.exp()).softmax(0)
+    mean = (weight * s).sum()
+    std = ((weight * s**2).sum() - mean**2).sqrt()
+    assert abs(float(drawn.mean() - mean)) < 0.5 * float(std)  # of a prior learned from 1,000 draws
+    assert abs(float(drawn.std() / std) - 1) < 0.3
 
 
 def test_the_swap_is_ten_lines_and_runs(tmp_path):
@@ -62,7 +78,7 @@ def test_the_swap_is_ten_lines_and_runs(tmp_path):
 @pytest.mark.filterwarnings("ignore")  # of ArviZ, about its own future
 def test_the_chains_run(tmp_path):
     pytest.importorskip("arviz_base", reason="needs arviz-base: pip install 'pgen-ppl[diagnostics]'")
-    swap, code = blocks("python")
+    swap, code = blocks("python")[:2]
     (tmp_path / "chains.py").write_text(swap.partition("print")[0] + code)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
@@ -98,7 +114,7 @@ def test_the_table_has_every_kind_of_row():
         ("vae", "mcmc"),
         ("logistic-regression", "mcmc"),
     }
-    assert len(rows()) == 8
+    assert len(rows()) == 10
 
 
 def test_commands_are_spelt_as_the_command_line_has_them():

@@ -9,6 +9,7 @@ from typing import Any
 from pgen.registry import hookimpl
 from pgen.zoo import datasets, toys
 from pgen.zoo.data import Data
+from pgen.zoo.diffusion import DenoisingDiffusion
 from pgen.zoo.flow import SplineFlow
 from pgen.zoo.hmm import HMM
 from pgen.zoo.hvae import HVAE
@@ -24,6 +25,7 @@ def pgen_programs() -> Mapping[str, Callable[..., Any]]:
     """Makers of programs: call one with options to get a Pyro program."""
     return {
         "causal-image": CausalImage,
+        "diffusion": DenoisingDiffusion,
         "flow": SplineFlow,
         "hmm": HMM,
         "hvae": HVAE,

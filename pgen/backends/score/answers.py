@@ -1,0 +1,254 @@
+"""Queries on a program whose diffusions are learned: by reverse equations, probability flows and posteriors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.distributions.util import scale_and_mask
+from torch import Tensor
+
+from pgen.backends.score.needs import most_exact
+from pgen.backends.score.posterior import Inference, infer
+from pgen.backends.score.prior import counted, denoising_law
+from pgen.capability import Capability, Estimate, Exactness
+from pgen.conversion import Converted, exactness_of
+from pgen.distributions.denoiser_conversions import reversed_by
+from pgen.distributions.denoising import Bounded, Flowing, Reversed
+from pgen.draws import Draws
+from pgen.history import History
+from pgen.isolation import validating
+from pgen.parameters import Parameters
+from pgen.problem import Problem
+from pgen.sampling import draw, observed_scalars, onward
+from pgen.structure import Structure
+
+_NUMBERS = 1 << 20  # in the values that are weighed together
+_RUNS = 4  # of the particles, for an evidence with an error
+
+
+class Denoised:
+    """A program with denoisers.
+
+    Args:
+        problem: what was fitted.
+        structure: its structure.
+        parameters: the learned tensors.
+        reversed: how sites with a denoiser are drawn.
+        weighed: how they are weighed.
+        inference: how they are inferred.
+        guidance: strength of classifier-free guidance of draws.
+        chosen: sites whose conversions the user has chosen.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        structure: Structure,
+        parameters: Parameters,
+        reversed: Reversed,
+        weighed: Flowing | Bounded,
+        inference: Inference,
+        guidance: float,
+        chosen: Collection[str],
+    ) -> None:
+        self.problem = problem
+        self.structure = structure
+        self.parameters = parameters
+        self.reversed = reversed
+        self.weighed = weighed
+        self.inference = inference
+        self.guidance = guidance
+        self.chosen = chosen
+        self.history = History()
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The learned tensors."""
+        return self.parameters.state()
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take saved tensors over."""
+        self.parameters.load(tensors)
+
+    def sample(self, n: int) -> Mapping[str, Tensor]:
+        """Joint draws of every site, by running the program forward."""
+        with self.parameters.installed():
+            return draw(self._drawn(self.problem), self.structure, n)
+
+    def posterior(self, problem: Problem, structure: Structure, n: int) -> Mapping[str, Tensor]:
+        """Joint draws of every unobserved site; a share of the particles is in the statistics, where there were any."""
+        values: dict[str, Tensor] = {}
+        with self.parameters.installed(), torch.no_grad():
+            if structure.evidenced:
+                values |= infer(_bare(problem, structure), structure, n, self.inference).values
+            left = [s for s in structure.latents if s not in values]
+            if left:
+                values |= onward(self._drawn(problem), structure, n, values, left)
+        return Draws(values)
+
+    def log_prob(self, problem: Problem, structure: Structure) -> Estimate:
+        """Log probability of the observed values; where latents bear upon them, by particles, from noise to data."""
+        with self.parameters.installed(), torch.no_grad():
+            parts = [self._direct(some, structure) for some in _slices(problem, structure)]
+            total = Row.joined(parts)
+            if structure.evidenced:
+                total = total.plus(self._marginal(problem, structure))
+        most = most_exact(isinstance(self.weighed, Flowing))
+        return Estimate(
+            total.value,
+            Exactness.UNNORMALIZED if structure.factors else min(total.kind, most, key=lambda e: e.strength),
+            stderr=total.stderr,
+            measure=structure.measure,
+            dims=observed_scalars(problem, structure),
+            evaluations=total.evaluations,
+            solver_error=total.solver_error,
+        )
+
+    def _direct(self, problem: Problem, structure: Structure) -> Row:
+        """What does not depend on a latent, for some rows."""
+        bearing = structure.evidenced
+        own = [
+            s
+            for s in (*structure.observed, *structure.factors)
+            if not any(p in bearing for p in structure.sites[s].parents)
+        ]
+        denoised = {s for s in own if Capability.DENOISER in structure.sites[s].capabilities} - set(
+            self.chosen
+        )
+        with validating(False):
+            trace: Any = poutine.trace(problem).get_trace()
+            trace.compute_log_prob(lambda name, _: name in own and name not in denoised)
+        total = Row.none(structure, problem)
+        for name in own:
+            node = trace.nodes[name]
+            if name not in denoised:
+                path = (
+                    structure.conversions.path(structure.sites[name].capabilities, Capability.LOG_PROB) or ()
+                )
+                part = Row(by_row(structure, name, node["log_prob"]), kind=exactness_of(path))
+            else:
+                part = self._denoised(structure, name, node)
+            total = total.plus(part)
+        return total
+
+    def _denoised(self, structure: Structure, name: str, node: Any) -> Row:
+        found = self.weighed.log_prob(denoising_law(node["fn"]), node["value"])
+
+        def rows(value: Tensor | None) -> Tensor | None:
+            if value is None:
+                return None
+            value = counted(node["fn"], value)
+            return by_row(structure, name, scale_and_mask(value, node["scale"], node["mask"]))
+
+        kind = Exactness.LOWER_BOUND if isinstance(self.weighed, Bounded) else Exactness.ESTIMATE
+        stderr = None if found.stderr is None else rows(found.stderr.square())
+        value: Any = rows(found.value)
+        return Row(
+            value,
+            None if stderr is None else stderr.sqrt(),
+            rows(found.solver_error),
+            found.evaluations,
+            kind,
+        )
+
+    def _marginal(self, problem: Problem, structure: Structure) -> Row:
+        """What depends on latents, integrated over them."""
+        bare = _bare(problem, structure)
+        runs = [
+            infer(bare, structure, 1, replace(self.inference, moves=0)).log_evidence for _ in range(_RUNS)
+        ]
+        logs = torch.stack([run for run in runs if run is not None])
+        mean = logs.logsumexp(0) - math.log(_RUNS)
+        stderr = (logs - mean).exp().std(0) / math.sqrt(_RUNS)
+        return Row(mean, stderr.to(mean), evaluations=_RUNS * self.inference.steps * self.inference.particles)
+
+    def _drawn(self, problem: Problem) -> Problem:
+        """The problem, its denoisers drawn from as the options say."""
+        conversion = reversed_by(self.reversed)
+
+        def adapted(fn: Any) -> Any:
+            law = fn.base if isinstance(fn, Converted) else fn
+            if self.guidance != 1.0 and getattr(law, "context", None) is not None:
+                law = law.guided(self.guidance)
+            return Converted(law, (conversion,))
+
+        own = [s.name for s in self.structure if Capability.DENOISER in s.capabilities]
+        adapters = {s: adapted for s in own if s not in self.chosen}
+        return replace(problem, adapters={**problem.adapters, **adapters})
+
+
+@dataclass(frozen=True)
+class Row:
+    """A part of the log probability of every row, `[rows]`, and its errors."""
+
+    value: Tensor
+    stderr: Tensor | None = None
+    solver_error: Tensor | None = None
+    evaluations: int | None = None
+    kind: Exactness = Exactness.ESTIMATE
+
+    @staticmethod
+    def none(structure: Structure, problem: Problem) -> Row:
+        """Nothing."""
+        rows = 1 if structure.tied else problem.rows or 1
+        return Row(torch.zeros(rows, device=problem.device), kind=Exactness.EXACT)
+
+    def plus(self, other: Row) -> Row:
+        """The sum; independent errors add up in squares, those of solvers as they are."""
+        errors = [e.square() for e in (self.stderr, other.stderr) if e is not None]
+        solvers = [e for e in (self.solver_error, other.solver_error) if e is not None]
+        spent = [e for e in (self.evaluations, other.evaluations) if e is not None]
+        return Row(
+            self.value + other.value,
+            sum(errors[1:], errors[0]).sqrt() if errors else None,
+            sum(solvers[1:], solvers[0]) if solvers else None,
+            sum(spent) if spent else None,
+            min(self.kind, other.kind, key=lambda e: e.strength),
+        )
+
+    @staticmethod
+    def joined(parts: Sequence[Row]) -> Row:
+        """One part of the rows after the other."""
+
+        def cat(values: list[Tensor | None]) -> Tensor | None:
+            there = [v for v in values if v is not None]
+            return torch.cat(there) if there else None
+
+        spent = [p.evaluations for p in parts if p.evaluations is not None]
+        return Row(
+            torch.cat([p.value for p in parts]),
+            cat([p.stderr for p in parts]),
+            cat([p.solver_error for p in parts]),
+            max(spent) if spent else None,
+            min((p.kind for p in parts), key=lambda e: e.strength),
+        )
+
+
+def by_row(structure: Structure, name: str, value: Tensor) -> Tensor:
+    """Values `[*batch]` of a site, summed over all but the rows of the data: `[rows]`, or `[1]` where these are tied."""
+    plates = structure.sites[name].plates
+    plate = next((structure.plates[p] for p in plates if p in structure.data_plates), None)
+    if structure.tied or plate is None:
+        return value.sum().reshape(1)
+    rows = value.movedim(value.dim() + plate.dim, 0)
+    return rows.reshape(len(rows), -1).sum(1)
+
+
+def _slices(problem: Problem, structure: Structure) -> Iterator[Problem]:
+    """The problem, as many rows at a time as memory allows."""
+    if problem.rows is None or structure.tied:
+        yield problem
+        return
+    each = max(1, _NUMBERS // max(1, observed_scalars(problem, structure)))
+    for start in range(0, problem.rows, each):
+        yield problem.take(torch.arange(start, min(problem.rows, start + each)))
+
+
+def _bare(problem: Problem, structure: Structure) -> Problem:
+    """The problem with its denoisers as they are."""
+    able = [s.name for s in structure if Capability.DENOISER in s.capabilities]
+    return replace(problem, adapters={k: v for k, v in problem.adapters.items() if k not in able})

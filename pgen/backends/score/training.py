@@ -1,0 +1,134 @@
+"""What a program with diffusions is trained by: a denoising loss at each of these sites, log probabilities at the others.
+
+    loss = sum over diffusions of w(sigma) |x - D(x + sigma eps, sigma)|^2 - sum over the other sites of log p
+
+Each row has one noise level, and together these cover the schedule evenly; each element has noise of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from pyro import poutine
+from pyro.distributions.util import scale_and_mask
+from torch import Size, Tensor
+
+from pgen.algorithms.diffusion import coupling, guidance, losses
+from pgen.algorithms.diffusion.field import per_row, score_of
+from pgen.algorithms.diffusion.schedules import Schedule
+from pgen.algorithms.diffusion.sliced import sliced
+from pgen.algorithms.diffusion.times import Importance
+from pgen.algorithms.diffusion.weightings import LearnedVariance, Weighting
+from pgen.backends.score.prior import counted, denoising_law
+from pgen.distributions.denoising import over_rows
+from pgen.problem import Problem
+from pgen.run import Step
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The loss of a law with a denoiser at values.
+
+    Attributes:
+        weighting: from a schedule to weights of squared errors by noise level.
+        spread: from uniform numbers `[B]` to quantiles of noise levels, `[B]`.
+        variance: learns the weights, where they are learned.
+        histograms: of losses by quantile, site by site, where levels are drawn where losses are large.
+        slices: match scores along so many random directions, instead of denoising; 0: denoise.
+        coupled: pair noise with data.
+        dropout: share of the rows that lose their condition.
+    """
+
+    weighting: Callable[[Schedule], Weighting]
+    spread: Callable[[Tensor], Tensor]
+    variance: LearnedVariance | None = None
+    histograms: Mapping[str, Importance] | None = None
+    slices: int = 0
+    coupled: bool = False
+    dropout: float = 0.0
+
+    def __call__(self, name: str, law: Any, value: Tensor) -> Tensor:
+        """Losses `[*lead]` of values `[*lead, *event_shape]` of a site, means over the scalars of an event."""
+        inside: Callable[[Tensor], Tensor] | None = getattr(law, "inside", None)
+        real = value if inside is None else inside(value)
+        if not real.is_floating_point():
+            real = real.to(law.like.dtype)
+        event = len(law.event_shape)
+        lead = Size(np.broadcast_shapes(real.shape[: real.dim() - event], law.batch_shape))
+        x = real.expand(lead + law.event_shape).reshape(-1, *law.event_shape)
+        context = getattr(law, "context", None)
+        if context is not None:
+            context = context.expand(*lead, context.shape[-1]).reshape(len(x), -1)
+            if self.dropout:
+                context = guidance.drop_condition(
+                    context, torch.rand_like(x.reshape(len(x), -1)[:, 0]), self.dropout
+                )
+            law = law.conditioned(context.reshape(*lead, -1))
+        u = self.spread(torch.rand(len(x), dtype=x.dtype, device=x.device))
+        ratio: Tensor | float = 1.0
+        histogram = None if self.histograms is None else self.histograms[name]
+        if histogram is not None:
+            u, ratio = histogram.draw(u)
+        sigma = law.schedule.training(u).to(x)
+        noise = torch.randn_like(x)
+        if self.coupled:
+            noise = coupling.coupled(x, noise, context=context)
+        found = self._matched(over_rows(law, lead), law.schedule, x, sigma, noise)
+        if histogram is not None:
+            _remember(histogram, u, found)
+        if self.variance is not None:
+            found = self.variance(found, sigma)
+        return (found * ratio).reshape(lead)
+
+    def _matched(self, denoiser: Any, schedule: Schedule, x: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
+        weighting = self.weighting(schedule)
+        if not self.slices:
+            return losses.denoising(denoiser, x, sigma, noise, weighting)
+        ways = torch.randn(self.slices, *x.shape, dtype=x.dtype, device=x.device).sign()
+        found = sliced(lambda y: score_of(denoiser(y, sigma), y, sigma), x + per_row(sigma, x) * noise, ways)
+        # A score is 1 / sigma^2 times an error of the denoised value.
+        return weighting(sigma) * sigma**4 * found / max(1, x[0].numel())
+
+
+@torch.no_grad()
+def _remember(histogram: Importance, u: Tensor, loss: Tensor) -> None:
+    """Take losses into a histogram, in place: its tensors are saved and undone like any other."""
+    new = histogram.update(u, loss)
+    histogram.square.copy_(new.square)
+    histogram.mass.copy_(new.mass)
+
+
+def loss_of(
+    objective: Objective, matched: Collection[str], weighed: Collection[str], rows: int
+) -> Callable[[Problem, Step], tuple[Tensor, dict[str, float | Tensor]]]:
+    """The loss of a program, per row.
+
+    Args:
+        objective: at sites with a denoiser.
+        matched: names of these.
+        weighed: sites that have a log probability.
+        rows: by which to divide where the data has none.
+    """
+
+    def loss(batch: Problem, step: Step) -> tuple[Tensor, dict[str, float | Tensor]]:
+        if objective.coupled:
+            step.as_written("pairs data with noise, which torch does not see")
+        trace: Any = poutine.trace(batch).get_trace()
+        metrics: dict[str, float | Tensor] = {}
+        total: Tensor | float = 0.0
+        for name in matched:
+            node = trace.nodes[name]
+            each = objective(name, denoising_law(node["fn"]), node["value"])
+            each = scale_and_mask(counted(node["fn"], each), node["scale"], node["mask"])
+            metrics[f"{name}.denoising"] = each.detach().mean()
+            total = total + each.sum()
+        trace.compute_log_prob(lambda name, _: name in weighed)
+        for name in weighed:
+            total = total - trace.nodes[name]["log_prob_sum"]
+        return torch.as_tensor(total) / (batch.rows or rows), metrics
+
+    return loss
