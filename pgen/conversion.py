@@ -108,10 +108,26 @@ class Converted(dist.TorchDistribution):
         return Converted(self.base.expand(batch_shape), self.conversions)
 
 
+def inside(fn: Any, change: Callable[[Any], Any]) -> Any:
+    """A law changed within what Pyro wraps around it: `to_event`, `mask`; where the inner law says what it can do itself."""
+    if getattr(fn, "capabilities", None) is None and _declares(fn):
+        inner = inside(fn.base_dist, change)
+        if isinstance(fn, dist.MaskedDistribution):
+            return inner.mask(fn._mask)
+        return inner.to_event(fn.reinterpreted_batch_ndims)
+    return change(fn)
+
+
+def _declares(fn: Any) -> bool:
+    while isinstance(fn, (torch.distributions.Independent, dist.MaskedDistribution)):
+        fn = fn.base_dist
+    return getattr(fn, "capabilities", None) is not None
+
+
 def adapter(path: Iterable[Conversion]) -> Callable[[dist.Distribution], dist.Distribution]:
     """One function from distribution to distribution for a whole path of conversions."""
     steps = tuple(path)
-    return lambda distribution: Converted(distribution, steps) if steps else distribution
+    return lambda law: inside(law, lambda inner: Converted(inner, steps)) if steps else law
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,10 @@ class Fitted:
         seed: the seed of the fit.
     """
 
+    pgen_fixed = (
+        True  # what it holds is learned already: a program that refers to it has nothing to learn there
+    )
+
     def __init__(
         self,
         problem: Problem,

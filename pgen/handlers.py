@@ -208,11 +208,20 @@ class StandIn(Messenger):
         if msg["is_observed"] or msg["value"] is not None or type(fn).__name__ == "_Subsample":
             return
         if not capabilities_of(fn) & {Capability.SAMPLE, Capability.RSAMPLE}:
-            inside = torch.distributions.biject_to(fn.support)
-            msg["value"] = inside(
-                torch.zeros(inside.inverse_shape(torch.Size(fn.batch_shape) + torch.Size(fn.event_shape)))
-            )
+            like: Tensor = getattr(fn, "like", torch.empty(0))
+            msg["value"] = _inside(fn.support, torch.Size(fn.batch_shape) + torch.Size(fn.event_shape), like)
             msg["done"] = True
+
+
+def _inside(support: Any, shape: torch.Size, like: Tensor) -> Tensor:
+    """Some value inside a support: the least of whole numbers, the middle of real ones."""
+    least = support
+    while isinstance(least, torch.distributions.constraints.independent):
+        least = least.base_constraint
+    if least.is_discrete:
+        return like.new_zeros(shape) + getattr(least, "lower_bound", 0)
+    inside = torch.distributions.biject_to(support)
+    return inside(like.new_zeros(inside.inverse_shape(shape)))
 
 
 class Substitute(Messenger):

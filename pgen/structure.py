@@ -71,7 +71,6 @@ class Site:
         """Whether its values are counted rather than measured."""
         return bool(getattr(self.support, "is_discrete", False))
 
-
     @property
     def weighable(self) -> bool:
         """Whether it has a density of its own, not one that a denoiser has to be integrated for."""

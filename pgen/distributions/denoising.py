@@ -93,6 +93,8 @@ class Reversed:
         """
         lead = Size(shape) + law.batch_shape
         n = math.prod(lead)
+        if not n:
+            return law.like.new_zeros(lead + law.event_shape)
         each = max(1, _AT_ONCE // max(1, math.prod(law.event_shape)))
         shared = not law.batch_shape
         if seed is None:
@@ -162,6 +164,8 @@ class Flowing:
             seed: of the probes: the same ones at every call, so that this is a function.
         """
         lead, rows = _rows_of(law, value)
+        if not len(rows):
+            return Weighed(rows.new_zeros(lead), None, None, 0)
         alone: Any = getattr(law, "unplaced", None)
         graph = torch.is_grad_enabled() and (rows.requires_grad or _learns(law))
         found = likelihood.log_prob(
@@ -175,7 +179,7 @@ class Flowing:
             flat=alone is not None,
             differentiable=graph,
         )
-        spent = int((found.evaluations + found.products).max()) if len(rows) else 0
+        spent = int((found.evaluations + found.products).max())
         errors = [None if e is None else e.to(rows).reshape(lead) for e in (found.stderr, found.solver_error)]
         return Weighed(found.value.reshape(lead) + volume_of(law), errors[0], errors[1], spent)
 
@@ -205,6 +209,8 @@ class Bounded:
     def bound(self, law: Denoising, value: Tensor) -> Tensor:
         """An unbiased estimate of the bound, `[..., *batch_shape]`, differentiable in values and denoiser."""
         lead, rows = _rows_of(law, value)
+        if not len(rows):
+            return rows.new_zeros(lead)
         noise = torch.randn(self.particles, *rows.shape, dtype=rows.dtype, device=rows.device)
         shift = torch.rand((), dtype=rows.dtype, device=rows.device)
         found = self._bound(law)(rows, over_rows(law, lead), shift, noise)
@@ -242,7 +248,7 @@ def _rows_of(law: Denoising, value: Tensor) -> tuple[Size, Tensor]:
     if not real.is_floating_point():
         real = real.to(law.like.dtype)
     lead = Size(np.broadcast_shapes(real.shape[: real.dim() - len(law.event_shape)], law.batch_shape))
-    return lead, real.expand(lead + law.event_shape).reshape(-1, *law.event_shape)
+    return lead, real.expand(lead + law.event_shape).reshape(math.prod(lead), *law.event_shape)
 
 
 def volume_of(law: Denoising) -> float:

@@ -93,7 +93,12 @@ class Diffusion(TorchDistribution):
             raise OptionError(
                 f"Diffusion: schedule is {given}; expected a schedule, as in Diffusion(denoiser, VP(), (2,))"
             )
-        event_shape = Size((event_shape,) if isinstance(event_shape, int) else event_shape)
+        sizes = (event_shape,) if isinstance(event_shape, int) else event_shape
+        if not isinstance(sizes, (tuple, list)) or not all(isinstance(n, int) and n > 0 for n in sizes):
+            raise OptionError(
+                f"Diffusion: event_shape is {event_shape!r}; expected the shape of one value, such as (2,), (1, 8, 8) or ()"
+            )
+        event_shape = Size(sizes)
         self.denoiser = denoiser
         self.schedule = schedule
         self.context = context
@@ -118,6 +123,11 @@ class Diffusion(TorchDistribution):
     def conditioned(self, context: Tensor | None) -> Diffusion:
         """The same law under another context, `[*batch_shape, c]`."""
         return Diffusion(self.denoiser, self.schedule, self.event_shape, context=context, validate_args=False)
+
+    def __repr__(self) -> str:
+        """Schedule and shapes."""
+        batch = "" if not self.batch_shape else f", batch_shape={tuple(self.batch_shape)}"
+        return f"Diffusion({self.schedule!r}, event_shape={tuple(self.event_shape)}{batch})"
 
     def within(self, context: Callable[[], AbstractContextManager[Any]]) -> Diffusion:
         """The same law, whose denoiser is called in a context: where its tensors are lent to it."""
@@ -208,13 +218,13 @@ class Diffusion(TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Estimate of the log density in nats, by the defaults of `probability-flow`: `[..., *batch_shape]`."""
-        if self._validate_args:
+        if self._validate_args and value.numel():
             self._validate_sample(value)
         return Flowing().log_prob(self, value).value
 
     def bound(self, value: Tensor) -> Tensor:
         """Stochastic lower bound on the log density in nats, by those of `denoising-bound`: `[..., *batch_shape]`."""
-        if self._validate_args:
+        if self._validate_args and value.numel():
             self._validate_sample(value)
         return Bounded().bound(self, value)
 

@@ -148,7 +148,23 @@ class Quantized(TorchDistribution):
         inner = getattr(self.base, "within", None)
         if inner is None:
             return self
-        new = Quantized(inner(context), self.levels, low=self.low, width=self.width, particles=self.particles)
+        return self._over(inner(context))
+
+    @property
+    def context(self) -> Any:
+        """What the base is conditioned on, or None."""
+        return getattr(self.base, "context", None)
+
+    def conditioned(self, context: Tensor | None) -> Quantized:
+        """The same law under another context, where the base has one."""
+        return self._over(self.base.conditioned(context))  # type: ignore[attr-defined]
+
+    def guided(self, scale: float) -> Quantized:
+        """The law of a guided base, where it has a denoiser."""
+        return self._over(self.base.guided(scale))  # type: ignore[attr-defined]
+
+    def _over(self, base: Any) -> Quantized:
+        new = Quantized(base, self.levels, low=self.low, width=self.width, particles=self.particles)
         new._validate_args = self._validate_args
         return new
 

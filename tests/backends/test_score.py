@@ -57,7 +57,7 @@ def data():
 # --- learning ---
 
 WAYS = (
-    [{"weighting": w} for w in ("auto", *WEIGHTINGS)]
+    [{"weighting": w} for w in ("auto", "learned", *WEIGHTINGS)]
     + [{"times": t} for t in TIMES if t != "low-discrepancy"]
     + [{"loss": "sliced", "weighting": "edm"}]
 )
@@ -68,7 +68,9 @@ def test_every_loss_has_its_minimum_at_the_moments_of_the_data(data, options):
     """The best denoiser of the form of a Gaussian's is that of the Gaussian with the data's mean and variance."""
     denoiser = Gaussian()
     run = pgen.Run(steps=400, batch_size=500, lr=3e-2)
-    fitted = pgen.fit(observed(denoiser, EDM()), {"x": data}, pgen.backend("score", **options), run=run, seed=1)
+    fitted = pgen.fit(
+        observed(denoiser, EDM()), {"x": data}, pgen.backend("score", **options), run=run, seed=1
+    )
     mean, scale = fitted.parameters["denoiser.mean"], fitted.parameters["denoiser.log_scale"].exp()
     torch.testing.assert_close(mean, data.mean(0), atol=0.1, rtol=0)
     torch.testing.assert_close(scale, data.std(0), atol=0, rtol=0.1)
@@ -143,7 +145,9 @@ def fixed():
 
 
 def test_nothing_to_learn_is_fitted_at_once_and_says_how_exact_it_is(fixed):
-    assert fixed.offer.answers == dict.fromkeys((Query.SAMPLE, Query.LOG_PROB, Query.POSTERIOR), Exactness.ESTIMATE)
+    assert fixed.offer.answers == dict.fromkeys(
+        (Query.SAMPLE, Query.LOG_PROB, Query.POSTERIOR), Exactness.ESTIMATE
+    )
     row = pgen.explain(measured, {"y": torch.zeros(3)})["score"]
     assert row.offered
     assert row.answer.paths == {"x": ("reverse-diffusion",)}
@@ -165,6 +169,22 @@ def test_draws_have_the_joint_law(fixed):
     assert_mean(drawn["y"], float(mean.sum()))
     with pytest.raises(StatisticalFailure):
         assert_mean(drawn["y"], float(mean.sum()) + 0.1)
+
+
+def test_laws_wrapped_by_pyro_are_served_like_bare_ones():
+    """Three at once, one of them masked: two count, each as by itself."""
+    keep = torch.tensor([True, False, True])
+
+    def program(n):
+        with pyro.plate("data", n):
+            law = Diffusion(MIXTURE, VE(0.01, 80.0), (2,)).expand((3,))
+            pyro.sample("x", law.mask(keep).to_event(1))
+
+    fitted = pgen.fit(program, None, "score")
+    drawn = fitted.sample(6, seed=0)["x"]
+    assert drawn.shape == (6, 3, 2)
+    exact = (MIXTURE.log_prob(drawn, 0.01) * keep).sum(-1)
+    torch.testing.assert_close(fitted.log_prob({"x": drawn}).value, exact, atol=5e-3, rtol=0)
 
 
 def test_a_draw_is_the_same_at_any_number(fixed):
@@ -228,21 +248,27 @@ def test_what_was_learned_is_a_prior_of_the_next_program(data):
     """Laws that run a network when asked keep the tensors that were lent to it when they were made."""
     denoiser = Gaussian()
     learned = pgen.fit(
-        observed(denoiser, EDM()), {"x": data}, "score", run=pgen.Run(steps=300, batch_size=500, lr=3e-2), seed=1
+        observed(denoiser, EDM()),
+        {"x": data},
+        "score",
+        run=pgen.Run(steps=300, batch_size=500, lr=3e-2),
+        seed=1,
     )
     some = {"x": data[:20]}
     again = pgen.fit(learned.program, some, "score").log_prob()
     assert torch.equal(again.value, learned.log_prob(some).value)
 
     def outer(n):
+        x = learned.program(n)["x"]
         with pyro.plate("rows", n):
-            pyro.sample("y", dist.Normal(learned.program(n)["x"].sum(-1), 0.5))
+            pyro.sample("y", dist.Normal(x.sum(-1), 0.5))
 
     def prior(n):
         with pyro.plate("data", n):
             return {"x": pyro.sample("x", Diffusion(denoiser, EDM(), (2,)))}
 
     learned = pgen.fit(prior, {"x": data}, "score", run=pgen.Run(steps=300, batch_size=500, lr=3e-2), seed=1)
+    assert not pgen.structure_of(outer, {"y": torch.zeros(2)}).params, "what was learned is fixed"
     y = torch.tensor([1.5])
     drawn = pgen.fit(outer, None, Score(particles=2000)).posterior({"y": y}, n=2000, seed=0)["x"][:, 0]
     mean, std = learned.parameters["denoiser.mean"], learned.parameters["denoiser.log_scale"].exp()
@@ -250,6 +276,35 @@ def test_what_was_learned_is_a_prior_of_the_next_program(data):
     exact = law.posterior(torch.ones(1, 2), y, torch.tensor([[0.25]]))
     spread = exact.covariance()[0].diagonal().sqrt()
     assert bool(((drawn.mean(0) - exact.means[0]).abs() < 0.2 * spread).all())
+
+
+def test_rows_that_are_missing_count_for_nothing(data):
+    held = torch.cat([data + 2.0, torch.full((2000, 2), math.nan)])
+    run = pgen.Run(steps=700, batch_size=500, lr=3e-2)
+    backend = Score(weighting="edm")
+    fitted = pgen.fit(observed(Gaussian(), EDM()), {"x": held}, backend, run=run, seed=1)
+    torch.testing.assert_close(fitted.parameters["denoiser.mean"], data.mean(0) + 2.0, atol=0.15, rtol=0)
+    assert torch.equal(fitted.log_prob({"x": held[1999:2001]}).value == 0, torch.tensor([False, True]))
+
+
+def test_whole_numbers_under_a_condition_are_guided_too():
+    """The condition counted twice moves a normal law of unit variance twice as far."""
+    context = torch.tensor([[1.0, -2.0]]).expand(500, 2)
+
+    def program(n=None):
+        with pyro.plate("data", len(context)):
+            law = Diffusion(Gaussian(), VE(0.01, 80.0), (2,), context=context)
+            pyro.sample("x", Quantized(law, levels=40, low=-20.0))
+
+    drawn = pgen.fit(program, None, Score(guidance=2.0)).sample(4000, seed=0)["x"].reshape(-1, 2)
+    for i in range(2):
+        assert_mean(drawn[:, i] - 19.5, 2.0 * float(context[0, i]), slack=0.05)
+
+
+def test_the_evidence_comes_from_particles_whatever_draws():
+    y = torch.tensor([1.0])
+    found = [pgen.fit(measured, None, Score(posterior=k)).log_prob({"y": y}, seed=0) for k in ("dps", "tds")]
+    assert torch.equal(found[0].value, found[1].value)
 
 
 # --- refusals ---
@@ -273,8 +328,14 @@ def test_what_it_cannot_serve_it_refuses_by_name():
             x = pyro.sample("x", Diffusion(denoiser, VP(), (2,)))
             pyro.sample("y", dist.Normal(x.sum(-1), 1.0))
 
+    def counted(n):
+        with pyro.plate("data", n):
+            x = pyro.sample("x", Quantized(Diffusion(MIXTURE, VP(), (2,)), levels=7, low=-3.5))
+            pyro.sample("y", dist.Normal(x.sum(-1).float(), 1.0))
+
     y = torch.zeros(5)
     for program, seen, site, missing in (
+        (counted, "y", "x", "real values"),
         (flat, "x", None, "denoiser"),
         (hidden, "y", "scale", "denoiser"),
         (learned, "y", "x", "observed values to learn from"),

@@ -120,7 +120,9 @@ def test_what_depends_on_the_latent_and_is_not_seen_follows():
             pyro.sample("y", dist.Normal(x.sum(-1), 0.5))
             pyro.sample("z", dist.Normal(x[..., 0], 0.1))
 
-    drawn = pgen.fit(program, None, Score(particles=500)).posterior({"y": torch.tensor([1.0, 3.0])}, n=500, seed=0)
+    drawn = pgen.fit(program, None, Score(particles=500)).posterior(
+        {"y": torch.tensor([1.0, 3.0])}, n=500, seed=0
+    )
     assert set(drawn) == {"x", "z"}
     gap = drawn["z"] - drawn["x"][..., 0]
     assert float(gap.mean().abs()) < 0.03
@@ -137,7 +139,9 @@ def test_two_sources_are_told_apart():
             b = pyro.sample("b", Diffusion(high, VP(), ()))
             pyro.sample("y", dist.Normal(a + b, 0.1))
 
-    drawn = pgen.fit(program, None, Score(particles=2000)).posterior({"y": torch.tensor([2.0])}, n=2000, seed=0)
+    drawn = pgen.fit(program, None, Score(particles=2000)).posterior(
+        {"y": torch.tensor([2.0])}, n=2000, seed=0
+    )
     gain = torch.tensor([0.25, 1.0]) / 1.26
     mean = torch.tensor([-1.0, 2.0]) + gain * 1.0
     both = torch.stack([drawn["a"], drawn["b"]], -1)[:, 0]
@@ -161,6 +165,24 @@ def test_rows_that_share_a_latent_speak_of_it_together():
     evidence = fitted.log_prob({"y": y}, seed=0)
     truth = dist.MultivariateNormal(torch.zeros(4), torch.eye(4) + 2.0).log_prob(y)
     assert abs(float(evidence.value[0] - truth)) < 6 * float(evidence.stderr[0]) + 0.05
+
+
+def test_particles_that_were_nearly_all_lost_are_spoken_of():
+    """Seven standard deviations from the data, in the tail of one of two modes."""
+    prior = MixtureDenoiser(torch.tensor([-1.0, 1.5]), scale=0.5)
+
+    def program(n):
+        with pyro.plate("data", n):
+            x = pyro.sample("x", Diffusion(prior, SCHEDULE, ()))
+            pyro.sample("y", dist.Normal(x, 0.2))
+
+    fitted = pgen.fit(program, None, "score")
+    with pytest.warns(UserWarning, match="may be wrong; use more levels or particles"):
+        fitted.posterior({"y": torch.tensor([-5.0])}, n=100, seed=0)
+    fitted.posterior({"y": torch.tensor([-1.2])}, n=100, seed=0)  # and not without cause
+    far = fitted.log_prob({"y": torch.tensor([-2.5])}, seed=0)
+    exact = prior.log_prob(torch.tensor([-2.5]), math.hypot(0.0, 0.2))
+    assert float((far.value - exact).abs()) < 6 * float(far.stderr) + 3 * float(far.solver_error) + 0.02
 
 
 def test_an_algorithm_for_linear_observations_refuses_others_by_site():

@@ -220,7 +220,9 @@ def test_an_average_may_remember_a_share_of_the_training():
     """Of a tensor that grows by one a step: t (g + 1) / (g + 2), where (g + 1) / (g + 2)^2 (g + 3) = 0.1^2."""
     a = torch.zeros(1, requires_grad=True)
     player = Player({"a": a}, lambda batch, step: (-a.sum(), {}))
-    Run(steps=400, optimizer="sgd", lr=1.0, schedule="constant", ema="power:0.1").optimize({"p": player}, problem(10))
+    Run(steps=400, optimizer="sgd", lr=1.0, schedule="constant", ema="power:0.1").optimize(
+        {"p": player}, problem(10)
+    )
     g = 6.937
     assert abs((g + 1) / ((g + 2) ** 2 * (g + 3)) - 0.01) < 1e-5
     assert abs(a.item() / 400 - (g + 1) / (g + 2)) < 0.005

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from pgen.backends.score.needs import most_exact
 from pgen.backends.score.posterior import Inference, infer
 from pgen.backends.score.prior import counted, denoising_law
 from pgen.capability import Capability, Estimate, Exactness
-from pgen.conversion import Converted, exactness_of
+from pgen.conversion import Converted, exactness_of, inside
 from pgen.distributions.denoiser_conversions import reversed_by
 from pgen.distributions.denoising import Bounded, Flowing, Reversed
 from pgen.draws import Draws
@@ -28,7 +30,12 @@ from pgen.sampling import draw, observed_scalars, onward
 from pgen.structure import Structure
 
 _NUMBERS = 1 << 20  # in the values that are weighed together
+_FEW = 4.0  # particles that count, at any level, below which users are warned
 _RUNS = 4  # of the particles, for an evidence with an error
+
+
+class FewParticles(UserWarning):
+    """The particles of a posterior came to stand on a few of them, so that it may be wrong."""
 
 
 class Denoised:
@@ -80,11 +87,17 @@ class Denoised:
             return draw(self._drawn(self.problem), self.structure, n)
 
     def posterior(self, problem: Problem, structure: Structure, n: int) -> Mapping[str, Tensor]:
-        """Joint draws of every unobserved site; a share of the particles is in the statistics, where there were any."""
+        """Joint draws of every unobserved site.
+
+        Warns:
+            FewParticles: nearly all particles of a row were lost on the way.
+        """
         values: dict[str, Tensor] = {}
         with self.parameters.installed(), torch.no_grad():
             if structure.evidenced:
-                values |= infer(_bare(problem, structure), structure, n, self.inference).values
+                found = infer(_bare(problem, structure), structure, n, self.inference)
+                _warn_of_few(found.effective)
+                values |= found.values
             left = [s for s in structure.latents if s not in values]
             if left:
                 values |= onward(self._drawn(problem), structure, n, values, left)
@@ -158,13 +171,19 @@ class Denoised:
     def _marginal(self, problem: Problem, structure: Structure) -> Row:
         """What depends on latents, integrated over them."""
         bare = _bare(problem, structure)
-        runs = [
-            infer(bare, structure, 1, replace(self.inference, moves=0)).log_evidence for _ in range(_RUNS)
-        ]
-        logs = torch.stack([run for run in runs if run is not None])
-        mean = logs.logsumexp(0) - math.log(_RUNS)
-        stderr = (logs - mean).exp().std(0) / math.sqrt(_RUNS)
-        return Row(mean, stderr.to(mean), evaluations=_RUNS * self.inference.steps * self.inference.particles)
+        logs = self._evidences(bare, structure, self.inference.steps, _RUNS)
+        coarse = self._evidences(bare, structure, max(2, self.inference.steps // 2), _RUNS)
+        (fine, fine_error), (rough, rough_error) = map(_pooled, (logs, coarse))
+        # Particles follow the prior as their steps have it, off by an error of first order in the width of these.
+        stderr = (4 * fine_error.square() + rough_error.square()).sqrt()
+        spent = 3 * _RUNS * self.inference.steps * self.inference.particles // 2
+        return Row(2 * fine - rough, stderr, (fine - rough).abs(), spent)
+
+    def _evidences(self, problem: Problem, structure: Structure, steps: int, runs: int) -> Tensor:
+        """Log evidences of so many independent populations, `[runs, rows]`."""
+        how = replace(self.inference, kind="tds", moves=0, steps=steps)
+        found = [infer(problem, structure, 1, how).log_evidence for _ in range(runs)]
+        return torch.stack([log for log in found if log is not None])
 
     def _drawn(self, problem: Problem) -> Problem:
         """The problem, its denoisers drawn from as the options say."""
@@ -177,7 +196,7 @@ class Denoised:
             return Converted(law, (conversion,))
 
         own = [s.name for s in self.structure if Capability.DENOISER in s.capabilities]
-        adapters = {s: adapted for s in own if s not in self.chosen}
+        adapters = {s: partial(inside, change=adapted) for s in own if s not in self.chosen}
         return replace(problem, adapters={**problem.adapters, **adapters})
 
 
@@ -252,3 +271,24 @@ def _bare(problem: Problem, structure: Structure) -> Problem:
     """The problem with its denoisers as they are."""
     able = [s.name for s in structure if Capability.DENOISER in s.capabilities]
     return replace(problem, adapters={k: v for k, v in problem.adapters.items() if k not in able})
+
+
+def _pooled(logs: Tensor) -> tuple[Tensor, Tensor]:
+    """Log of the mean of what these are the logs of, `[runs, rows]`, and its standard error."""
+    mean = logs.logsumexp(0) - math.log(len(logs))
+    return mean, (logs - mean).exp().std(0) / math.sqrt(len(logs))
+
+
+def _warn_of_few(effective: Tensor | None) -> None:
+    if effective is None:
+        return
+    few = (effective < _FEW).nonzero()[:, 0].tolist()
+    if few:
+        rows = ", ".join(map(str, few[:5])) + (f" and {len(few) - 5} more" if len(few) > 5 else "")
+        warnings.warn(
+            f"of the particles of row {rows}, no more than {float(effective.min()):.1f} counted at some noise level: these "
+            "posteriors rest on a few ancestors and may be wrong; use more levels or particles: "
+            "pgen.backend('score', levels=400, particles=4096)",
+            FewParticles,
+            stacklevel=4,
+        )

@@ -64,7 +64,7 @@ class Score:
         loss: `"denoising"`, or `"sliced"`: sliced score matching of the noisy values, which needs second derivatives.
         weighting: w: `"uniform"` (in the predicted noise), `"edm"`, `"flow"` (in the velocity: flow matching), `"v"`,
             `"min-snr"`, `"soft-min-snr"`, `"likelihood"`; `"learned"`: such that every noise level counts the same, by a
-            learned variance; `"auto"`: learned. Or a callable from noise levels to weights.
+            learned variance; `"auto"`: what goes with the schedule: `"edm"`, `"flow"`, else `"uniform"`. Or a callable from noise levels to weights.
         times: how noise levels are spread over the rows of a batch: `"low-discrepancy"`, `"antithetic"`, `"uniform"`,
             or `"importance"`: drawn where losses are large.
         coupling: `"independent"`, or `"optimal-transport"`: noise is paired with data within a batch, for straighter
@@ -177,7 +177,7 @@ class Score:
         """Learn the tensors of the program, if there are any."""
         found = needs(structure, self.via, FLOW)
         matched = () if isinstance(found, Refusal) else found.matched
-        learned = weightings.LearnedVariance() if self.weighting in ("auto", "learned") and matched else None
+        learned = weightings.LearnedVariance() if self.weighting == "learned" and matched else None
         parameters = Parameters.of(problem, owners={} if learned is None else {"weighting": learned})
         histograms = (
             {name: times.Importance.start() for name in matched} if self.times == "importance" else None

@@ -56,6 +56,9 @@ def needs(structure: Structure, via: Mapping[str, str], weighed: str) -> Needs |
                 "latents are inferred here along noise levels, which takes a denoiser; observe it, or sum it out"
             )
             return Refusal(name, Capability.DENOISER.value, why)
+        if getattr(site.support, "is_discrete", False):
+            why = f"the latent {name!r} ({site.distribution}) takes whole numbers, which are not what is denoised, only seen through"
+            return Refusal(name, "real values", why)
         if site.params:
             why = (
                 f"the denoiser of the latent {name!r} is still to be learned ({site.params[0]}), and nothing here draws "

@@ -56,7 +56,8 @@ LINEAR = ("mmps", "pigdm", "ddrm")
 _NUMBERS = 1 << 23
 """In the particles of the rows that are run together, at most."""
 _SOME, _STEPS = 64, 24  # draws of the prior that tell its scale, and steps to each
-_BLUR, _APART = 0.1, 0.25  # noise that moves may leave, relative to the prior's spread; scores that are the same
+_BLUR = 0.1  # noise that moves may leave, relative to the spread of the prior
+_APART = 0.25  # how far scores at two levels may lie apart that are called the same
 _MATRIX = 64  # observed numbers up to which their covariance given a noisy value is made in full
 
 
@@ -84,7 +85,7 @@ class Inferred:
     Attributes:
         values: by site, `[n, *shape]`.
         log_evidence: log probability of what is observed given nothing, `[rows]`; None where the algorithm has none.
-        effective: least effective number of particles on the way, as a share, `[rows]`; likewise.
+        effective: least effective number of particles on the way, `[rows]`; likewise.
     """
 
     values: Mapping[str, Tensor]
@@ -112,6 +113,10 @@ def infer(problem: Problem, structure: Structure, n: int, how: Inference) -> Inf
                 name,
                 "a denoiser",
                 f"{structure.sites[name].distribution} can only be drawn or weighed",
+            )
+        if getattr(structure.sites[name].support, "is_discrete", False):
+            _refuse(
+                structure, name, "real values", "whole numbers are not what is denoised, only seen through"
             )
         above = [p for p in structure.sites[name].parents if p in structure.latents]
         if above:
@@ -229,12 +234,12 @@ class _Row:
         if level is not None:
             x = self._moved(x, n, level)
         evidence = found.log_evidence + (0.0 if self.linear is None else self._lost())
-        return Inferred(self.prior.values(x), evidence, found.effective.amin(0) / count)
+        return Inferred(self.prior.values(x), evidence, found.effective.amin(0))
 
     def _moved(self, x: Tensor, n: int, sigma: float) -> Tensor:
         observation = self._observation(n)
         target = self.evidence.log_likelihood if observation is None else observation.log_likelihood
-        metric = Euclidean() if observation is None else Conditioned(observation, self.variance)
+        metric = Euclidean() if observation is None else Conditioned(observation, self._local(sigma))
         kernel = LineMALA(target, sigma, metric=metric)
         return refine(kernel, x, self._field(len(x)), self.how.moves).x
 
@@ -249,7 +254,7 @@ class _Row:
             return MMPS(denoiser, observation) if kind == "mmps" else PiGDM(denoiser, observation, v)
         likelihood = self.evidence.log_likelihood if observation is None else observation.log_likelihood
         if kind == "lgd":
-            return LGD(denoiser, likelihood, v)
+            return LGD(denoiser, likelihood, v, limit=1.0)
         # Tempered, as is right for particles; by itself as published, but for a bound on the pull.
         if self.how.kind == "dps":
             return DPS(denoiser, likelihood, limit=1.0)
@@ -286,17 +291,25 @@ class _Row:
         """
         x = self.some.flatten(0, 1)
         noise = Field(self.prior.denoiser, self._streams(len(x))).noise(x)
-        least, most = self.prior.sigma_min, _BLUR * math.sqrt(self.variance)
-        field, found = Field(self.prior.denoiser), None
-        for k in reversed(range(math.ceil(math.log2(max(most / least, 1.0))) + 1)):
-            level = least * 2**k
+        level, most = self.prior.sigma_min, _BLUR * math.sqrt(self.variance)
+        field = Field(self.prior.denoiser)
+        while level <= most:
             at = x + level * noise
             fine, coarse = (score_of(field(at, s), at, s) for s in (level, 2 * level))
             apart = (fine - coarse).norm(dim=1) / coarse.norm(dim=1).clamp(min=1e-12)
-            if float(apart.median()) > _APART:
-                break
-            found = level
-        return found
+            if float(apart.median()) < _APART:
+                return level
+            level *= 2
+        return None
+
+    def _local(self, sigma: float) -> float:
+        """Variance of the prior as its curvature has it, within modes: of a Gaussian, its variance."""
+        x = self.some.flatten(0, 1)
+        field = self._field(len(x))
+        step = sigma * field.noise(x)
+        turn = score_of(field(x + step, sigma), x + step, sigma) - score_of(field(x, sigma), x, sigma)
+        curvature = -(step * turn).sum(1) / step.square().sum(1)
+        return min(self.variance, 1 / max(float(curvature.median()), 1 / self.variance))
 
     @cached_property
     def variance(self) -> float:

@@ -35,10 +35,12 @@ def counted(fn: Any, value: Tensor) -> Tensor:
     """Numbers of the law with the denoiser as what wraps it counts them: none where masked, an event's together."""
     if hasattr(type(fn), "denoise"):
         return value
-    inner = counted(fn.base if isinstance(fn, Converted) else fn.base_dist, value)
+    found: Any = counted(fn.base if isinstance(fn, Converted) else fn.base_dist, value)
     if isinstance(fn, dist.MaskedDistribution):
-        return scale_and_mask(inner, mask=fn._mask)
-    return sum_rightmost(inner, getattr(fn, "reinterpreted_batch_ndims", 0))
+        found = scale_and_mask(found, mask=fn._mask)
+    else:
+        found = sum_rightmost(found, getattr(fn, "reinterpreted_batch_ndims", 0))
+    return torch.as_tensor(found)
 
 
 @dataclass(frozen=True)
