@@ -226,7 +226,12 @@ def test_whole_numbers_are_a_mass(data):
             pyro.sample("x", Quantized(Diffusion(normal, VE(0.01, 50.0), (2,)), levels=7, low=-3.5))
 
     cells = torch.tensor([[3, 3], [2, 5]])
-    found = pgen.fit(program, {"x": cells}, "score").log_prob()
+    fitted = pgen.fit(program, {"x": cells}, pgen.backend("score", weighting="learned"))
+    assert fitted.history.steps == 0, "nothing is to be learned"
+    drawn = pgen.fit(fitted.program, None, "score").sample(20, seed=0)["x"]
+    assert drawn.dtype == torch.long
+    assert 0 <= int(drawn.min()) <= int(drawn.max()) <= 6
+    found = fitted.log_prob()
     ends = torch.distributions.Normal(0.0, 1.0).cdf(torch.arange(8.0) - 3.5)
     exact = ends.diff().log()[cells].sum(-1)
     assert found.measure == "mass"

@@ -208,7 +208,8 @@ class Score:
             self.guidance,
             self.via,
         )
-        if parameters.tensors and structure.observed:
+        own = [name for name in parameters.tensors if learned is None or not name.startswith("weighting.")]
+        if own and structure.observed:
             inner = loss_of(objective, matched, weighed, problem.rows or 1)
 
             def loss(batch: Problem, step: Step) -> tuple[Tensor, Mapping[str, float | Tensor]]:
