@@ -114,8 +114,8 @@ class Reversed:
 
     def _rows(self, law: Denoising, lead: Size, streams: Streams, like: Tensor) -> Tensor:
         schedule = law.schedule
-        x = start(streams, law.event_shape, schedule.sigma_max, like, variance=_VARIANCE)
         grid = self.grid(self.steps, schedule.sigma_min, schedule.sigma_max)
+        x = start(streams, law.event_shape, grid[0], like, variance=_VARIANCE)
         return solve(x, grid, Field(over_rows(law, lead), streams), self.solver)
 
 

@@ -80,8 +80,8 @@ class Score:
         probes: random directions for each stochastic divergence.
         tolerance: of the solver of the probability flow.
         bound_particles: evaluations for each row for the bound.
-        posterior: how latents are drawn given data. `"tds"`: twisted particles and then Metropolis moves, exact with many
-            of both, for any likelihood; `"mmps"`, `"pigdm"`, `"ddrm"`: approximations for linear-Gaussian observations;
+        posterior: how latents are drawn given data. `"tds"`: twisted particles and then Metropolis moves,
+            exact with many particles and levels, for any likelihood; `"mmps"`, `"pigdm"`, `"ddrm"`: approximations for linear-Gaussian observations;
             `"dps"`, `"lgd"`: for any differentiable likelihood; `"split-gibbs"`. `"auto"`: `"tds"`.
         particles: for each row, at least.
         levels: noise levels from noise to a posterior draw.
