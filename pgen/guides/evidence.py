@@ -10,9 +10,10 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from pgen.capability import Capability
 from pgen.parameters import Parameters
 from pgen.problem import Problem
-from pgen.structure import Structure
+from pgen.structure import Site, Structure
 
 _STATISTICS_ROWS = 2048  # rows that means and standard deviations are taken from
 _PRIOR_ROWS = 64
@@ -157,16 +158,18 @@ class Probe:
                 name: torch.stack([t.nodes[name]["value"] for t in traces]) for name in structure.latents
             }
             laws = {
-                name: torch.cat([_from_law(t.nodes[name]) for t in traces])
+                name: torch.cat([_from_law(t.nodes[name], structure.sites[name]) for t in traces])
                 for name in structure.latents
                 if not structure.sites[name].discrete
             }
             return Probe(seen, draws, laws, positional_plates(rows_of(problem, 3), structure))
 
 
-def _from_law(node: Any) -> Tensor:
-    """Draws [n, *batch, *event] from the law of a site in one run; of a law that draws no more, the value."""
+def _from_law(node: Any, site: Site) -> Tensor:
+    """Draws [n, *batch, *event] from the law of a site in one run; of a law that draws no more, or dearly, the value."""
     value = node["value"]
+    if not site.capabilities & {Capability.SAMPLE, Capability.RSAMPLE}:
+        return value.unsqueeze(0)
     count = max(1, min(_LAW_DRAWS, _LAW_NUMBERS // max(1, value.numel())))
     try:
         drawn = node["fn"].sample(torch.Size((count,)))

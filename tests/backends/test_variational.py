@@ -747,8 +747,8 @@ def test_a_program_that_sums_over_particles_is_not_fooled():
             pyro.sample("x", dist.Normal(centred, 1.0))
 
     from pgen.backends.variational.joint import agrees
-    from pgen.backends.variational.proposal import prior
     from pgen.backends.variational.settle import couple
+    from pgen.guides.proposal import prior
     from pgen.inspection import inspect_problem
     from pgen.problem import Problem
 

@@ -15,8 +15,8 @@ from torch import nn
 from pgen.algorithms import bounds
 from pgen.backends.variational import objectives
 from pgen.backends.variational.objectives import Baselines, Regularizer
-from pgen.backends.variational.proposal import users
 from pgen.backends.variational.settle import couple, settle
+from pgen.guides.proposal import users
 from pgen.inspection import inspect_problem
 from pgen.parameters import Parameters
 from pgen.problem import Problem

@@ -12,8 +12,8 @@ from torch import nn
 import pgen
 from pgen.backends.variational import Variational
 from pgen.backends.variational.joint import agrees
-from pgen.backends.variational.proposal import automatic
 from pgen.backends.variational.settle import couple
+from pgen.guides.proposal import automatic
 from pgen.inspection import inspect_problem
 from pgen.parameters import Parameters
 from pgen.problem import Problem

@@ -2,8 +2,6 @@
 
 method.py      the options, and where all of this meets
 needs.py       what it needs of a program and offers in return
-proposal.py    the guide: made from the program, or the user's
-statements.py  the sites of one run
 joint.py       guide and program on the same values -> sitewise terms
 settle.py      what is decided before the first step
 objectives.py  terms -> loss per row

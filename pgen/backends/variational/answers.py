@@ -17,11 +17,11 @@ from pgen.algorithms.bounds import log_evidence
 from pgen.algorithms.estimators import local_cost
 from pgen.backends.variational.draws import drawn, marginals, pick, row_axis, rows_at_once, sizes, whole
 from pgen.backends.variational.joint import PARTICLES, Coupling
-from pgen.backends.variational.proposal import Proposal, prior
 from pgen.capability import Capability, Estimate, Exactness
 from pgen.draws import Draws
 from pgen.errors import DataError, Unanswerable
 from pgen.guides import Amortized, Automatic
+from pgen.guides.proposal import Proposal, prior
 from pgen.guides.transport import Transport
 from pgen.history import History
 from pgen.isolation import validating

@@ -17,8 +17,8 @@ from pgen.algorithms.sum_product import sample as exact_draws
 from pgen.backends.variational.joint import PARTICLES, Coupling, Lane
 from pgen.backends.variational.mixture import Mixture, plain
 from pgen.backends.variational.objectives import weigh
-from pgen.backends.variational.statements import Node
 from pgen.enumeration import Enumeration
+from pgen.guides.statements import Node
 from pgen.problem import Problem
 from pgen.structure import Structure
 

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from pgen.algorithms.estimators import Term
 from pgen.algorithms.sum_product import log_partition
-from pgen.backends.variational.statements import Node, Nodes, Record, record
 from pgen.calling import signature_of
 from pgen.enumeration import Enumeration, enumerate_sites
+from pgen.guides.proposal import Guide
+from pgen.guides.statements import Node, Nodes, Record, record
 from pgen.handlers import ScaleRows, Substitute
 from pgen.isolation import validating
 from pgen.problem import Problem
@@ -30,9 +31,6 @@ from pgen.structure import Structure
 
 PARTICLES = "_particles"
 SUMMED = "summed out"  # the name of the term of all factors that hold a latent which is summed out
-
-Guide = Callable[[Problem], Callable[[], object]]
-"""From a problem to a Pyro program of no arguments that draws its latents."""
 
 
 class Lane(NamedTuple):

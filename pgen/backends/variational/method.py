@@ -13,13 +13,13 @@ from pgen.backends.variational.answers import Posterior
 from pgen.backends.variational.joint import Coupling
 from pgen.backends.variational.needs import needs, offer, summable
 from pgen.backends.variational.players import Players, Terms
-from pgen.backends.variational.proposal import Kind, Proposal, automatic, prior, users
 from pgen.backends.variational.settle import couple, settle, unsummable
 from pgen.backends.variational.simulate import as_observed, dreams
 from pgen.capability import Exactness, Offer, Query, Refusal
 from pgen.choice import refusal_text
 from pgen.errors import OptionError, ProgramError, Refused
 from pgen.guides.families import FAMILIES, Family
+from pgen.guides.proposal import Kind, Proposal, automatic, prior, users
 from pgen.parameters import Parameters
 from pgen.problem import Problem
 from pgen.registry import hookimpl

@@ -20,8 +20,8 @@ from pgen.algorithms import bounds, estimators
 from pgen.algorithms.bounds import Bound
 from pgen.algorithms.estimators import Term
 from pgen.backends.variational.joint import PARTICLES, Coupling, Lane
-from pgen.backends.variational.statements import Node, Nodes
 from pgen.errors import OptionError
+from pgen.guides.statements import Node, Nodes
 from pgen.problem import Problem
 
 Loss = tuple[Tensor, Mapping[str, float | Tensor]]

@@ -10,10 +10,10 @@ import torch
 
 from pgen.algorithms.factor_graph import Intractable
 from pgen.backends.variational.joint import Coupling, Lane, agrees
-from pgen.backends.variational.proposal import Proposal
-from pgen.backends.variational.statements import record
 from pgen.capability import Refusal
 from pgen.errors import PgenError, ProgramError, Refused
+from pgen.guides.proposal import Proposal
+from pgen.guides.statements import record
 from pgen.isolation import validating
 from pgen.parameters import Parameters
 from pgen.problem import Problem

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from pgen.backends.variational.joint import Coupling
 from pgen.backends.variational.objectives import Loss
-from pgen.backends.variational.proposal import Proposal
-from pgen.backends.variational.statements import Nodes, record
 from pgen.errors import ProgramError
+from pgen.guides.proposal import Proposal
+from pgen.guides.statements import Nodes, record
 from pgen.inspection import inspect_problem
 from pgen.parameters import Parameters
 from pgen.problem import Problem

@@ -10,20 +10,23 @@ import networkx as nx
 import torch
 from torch import Tensor
 
-from pgen.backends.variational.joint import Guide
-from pgen.backends.variational.statements import Nodes, record
 from pgen.calling import name_of, signature_of
 from pgen.errors import PgenError, ProgramError
-from pgen.guides import Amortized, Automatic
+from pgen.guides.amortized import Amortized
+from pgen.guides.automatic import Automatic
 from pgen.guides.automatic import Kind as Joint
 from pgen.guides.families import Family
 from pgen.guides.plan import Globals
+from pgen.guides.statements import Nodes, record
 from pgen.inspection import inspect_problem
 from pgen.parameters import Parameters
 from pgen.problem import Problem
 from pgen.structure import Structure
 
 Kind = Literal["auto", "amortized"] | Joint
+
+Guide = Callable[[Problem], Callable[[], object]]
+"""From a problem to a Pyro program of no arguments that draws its latents."""
 
 
 @dataclass(frozen=True)
