@@ -356,6 +356,8 @@ def shown(values: list[float], which: int) -> str:
     """A mean with its standard error."""
     factor, digits = (1.0, 4) if which == 0 else (1000.0, 2)
     mean = statistics.mean(values) * factor
+    if math.isnan(mean):
+        return "nan      "
     if len(values) == 1:
         return f"{mean:.{digits}f}      "
     return f"{mean:.{digits}f} {statistics.stdev(values) * factor / math.sqrt(len(values)):.{digits - 1}f}"

@@ -15,6 +15,7 @@ References:
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -230,12 +231,27 @@ class AdaptiveODE:
 
     def step(self, x: Tensor, t: Tensor | float, t_next: Tensor | float, fn: Field) -> Tensor:
         """From noise level t to noise level t_next."""
-        start, end = float(t), float(t_next)
-        if end == 0 and start <= self.sigma_min:
-            return fn(x, start)
-        level = end if end > 0 else self.sigma_min
-        x = adaptive_ode(x, start, level, fn, self.rtol, self.atol, most=self.most).x
-        return fn(x, level) if end == 0 else x
+
+        def follow(x: Tensor, start: float, end: float) -> Tensor:
+            return adaptive_ode(x, start, end, fn, self.rtol, self.atol, most=self.most).x
+
+        return between(x, float(t), float(t_next), fn, follow, self.sigma_min)
+
+
+def between(
+    x: Tensor,
+    start: float,
+    end: float,
+    field: Field,
+    follow: Callable[[Tensor, float, float], Tensor],
+    sigma_min: float,
+) -> Tensor:
+    """A step of an equation that has no end at 0: there, `follow` it to `sigma_min`, if that is still ahead, and denoise."""
+    if end == 0 and start <= sigma_min:
+        return field(x, start)
+    level = end if end > 0 else sigma_min
+    x = follow(x, start, level)
+    return field(x, level) if end == 0 else x
 
 
 def _attempt(x: Tensor, slope: Tensor, level: Tensor, h: Tensor, field: Field) -> tuple[Tensor, list[Tensor]]:

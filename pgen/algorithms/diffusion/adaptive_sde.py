@@ -24,11 +24,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from pgen.algorithms.diffusion.adaptive_ode import Solution, error_norm, require_levels, require_progress
+from pgen.algorithms.diffusion.adaptive_ode import (
+    Solution,
+    between,
+    error_norm,
+    require_levels,
+    require_progress,
+)
 from pgen.algorithms.diffusion.brownian import BrownianTree
 from pgen.algorithms.diffusion.field import Field, per_row
 
@@ -148,17 +155,18 @@ class AdaptiveSDE:
     sigma_min: float = 0.002
     most: int = 10_000
 
+    only_down: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         require_levels(self.sigma_min, self.sigma_min, self.rtol, self.atol)
 
     def step(self, x: Tensor, t: Tensor | float, t_next: Tensor | float, fn: Field) -> Tensor:
         """From noise level t to noise level t_next."""
-        start, end = float(t), float(t_next)
-        if end == 0 and start <= self.sigma_min:
-            return fn(x, start)
-        level = end if end > 0 else self.sigma_min
-        x = adaptive_sde(x, start, level, fn, self.rtol, self.atol, most=self.most).x
-        return fn(x, level) if end == 0 else x
+
+        def follow(x: Tensor, start: float, end: float) -> Tensor:
+            return adaptive_sde(x, start, end, fn, self.rtol, self.atol, most=self.most).x
+
+        return between(x, float(t), float(t_next), fn, follow, self.sigma_min)
 
 
 def _stage(x: Tensor, denoised: Tensor, noise: Tensor, time: Tensor, end: Tensor) -> Tensor:

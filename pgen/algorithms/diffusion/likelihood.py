@@ -70,10 +70,14 @@ class Result(NamedTuple):
     products: Tensor
 
     def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
-        """An interval that holds the log density with this probability, over probes: two tensors `[B]`."""
+        """An interval that holds the log density with this probability, over probes: two tensors `[B]`.
+
+        Half its width is the root of the sum of squares of the solver's error, as it is, and of the standard error times
+        Student's quantile: the two know nothing of each other.
+        """
         width = self.solver_error
         if self.stderr is not None and self.freedom is not None:
-            width = width + student_quantile(0.5 + level / 2, self.freedom) * self.stderr
+            width = torch.hypot(width, student_quantile(0.5 + level / 2, self.freedom) * self.stderr)
         return self.value - width, self.value + width
 
 

@@ -7,6 +7,8 @@ References:
     Kronrod, Nodes and Weights of Quadrature Formulas, Consultants Bureau, 1965.
     Piessens, de Doncker-Kapenga, Uberhuber & Kahaner, QUADPACK, Springer, 1983 (the error estimate).
     Satterthwaite, An approximate distribution of estimates of variance components, Biometrics Bulletin 2, 1946.
+    Welch, Further note on Mrs. Aspin's tables, Biometrika 36, 1949 (degrees of freedom from variances that are themselves
+    estimates: v^2 / (f + 2) in the sum, and 2 less, as E v^2 is (1 + 2 / f) times the square of E v).
 """
 
 from __future__ import annotations
@@ -116,7 +118,8 @@ def integrate(
     value, disagreement, variance, fourth, noisy = (part.sum(0) for part in found)
     if not noisy.any():
         return Integral(value, disagreement, None, None)
-    return Integral(value, disagreement, variance, variance.square() / fourth.clamp(min=1e-300))
+    freedom = (variance.square() / fourth.clamp(min=1e-300) - 2).clamp(min=0)
+    return Integral(value, disagreement, variance, freedom)
 
 
 class _Panels(NamedTuple):
@@ -125,7 +128,7 @@ class _Panels(NamedTuple):
     value: Tensor
     error: Tensor
     variance: Tensor
-    fourth: Tensor  # the sum of squared terms of the variance over their degrees of freedom
+    fourth: Tensor  # the sum of squared terms of the variance over their degrees of freedom and 2
     noisy: Tensor
 
 
@@ -152,7 +155,7 @@ def _panels(function: Function, left: Tensor, right: Tensor, needed: Tensor) -> 
         value,
         error,
         terms.sum(1),
-        terms.square().sum(1) / seen.freedom,
+        terms.square().sum(1) / (seen.freedom + 2),
         torch.full_like(value, float(seen.variance is not None)),
     )
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pgen.algorithms.diffusion.field import Field
 from pgen.algorithms.diffusion.noise import Streams
-from pgen.algorithms.diffusion.solvers.state import Solver, moved, value
+from pgen.algorithms.diffusion.solvers.state import Solver, moved, only_down, value
 
 OnStep = Callable[[Tensor, float], Tensor | None]
 """Is told the values and the noise level after every step, and may return other values to go on with."""
@@ -23,7 +23,7 @@ OnStep = Callable[[Tensor, float], Tensor | None]
 def solve(x: Tensor, grid: Tensor, field: Field, solver: Solver, *, on_step: OnStep | None = None) -> Tensor:
     """Carry values along a grid of noise levels.
 
-    Down to data, or up (a deterministic solver then encodes). A grid that ends with 0 ends in data without noise.
+    Down to data, or up: a deterministic solver then encodes, and one of the reverse-time equation refuses. A grid that ends with 0 ends in data without noise.
     Gradients flow through; no input is changed. Whoever needs no gradient says `torch.no_grad()`.
 
     Args:
@@ -37,7 +37,7 @@ def solve(x: Tensor, grid: Tensor, field: Field, solver: Solver, *, on_step: OnS
         The values at noise level grid[-1], `[B, *event]`.
 
     Raises:
-        ValueError: the grid is none.
+        ValueError: the grid is none, or goes up where the solver only goes down.
 
     Example:
         >>> from pgen.algorithms.diffusion.solvers import Euler
@@ -48,6 +48,11 @@ def solve(x: Tensor, grid: Tensor, field: Field, solver: Solver, *, on_step: OnS
         tensor([[0.]])
     """
     levels = require_grid(grid)
+    if levels[-1] > levels[0] and only_down(solver):
+        raise ValueError(
+            f"{solver} takes noise away, and the grid goes up, from noise level {levels[0]:.4g} to {levels[-1]:.4g}; expected "
+            "a decreasing grid, or a solver without noise, such as UniPC(3): it encodes data"
+        )
     state: Tensor | object = x
     for t, t_next, level in zip(levels[:-1], levels[1:], levels[1:].tolist(), strict=True):
         state = solver.step(state, t, t_next, field)

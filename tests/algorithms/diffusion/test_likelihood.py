@@ -320,7 +320,10 @@ def test_noise_is_not_taken_for_roughness():
 
     def noisy(t, needed):
         noise = deviation * torch.randn(t.shape, generator=generator, **FLOAT)
-        return Values(t.exp() + noise, torch.full_like(t, deviation**2), 5.0)
+        spread = (
+            torch.randn(5, *t.shape, generator=generator, **FLOAT).square().mean(0)
+        )  # of 5 degrees of freedom
+        return Values(t.exp() + noise, deviation**2 * spread, 5.0)
 
     found = integrate(noisy, 0.0, 1.0, rows, error=1e-3)
     miss = found.value - (math.e - 1)
@@ -328,7 +331,9 @@ def test_noise_is_not_taken_for_roughness():
     assert abs(miss.var() / found.variance.mean() - 1) < Z * math.sqrt(2 / rows)
     assert (found.disagreement > 0).double().mean() < 0.05
     weights = (KRONROD / 2) ** 2
-    torch.testing.assert_close(found.freedom.median(), 5 * weights.sum() ** 2 / weights.square().sum())
+    # Variances that are estimates scatter; taken for true ones, they would halve the degrees of freedom.
+    freedom = 5 * weights.sum() ** 2 / weights.square().sum()
+    torch.testing.assert_close(found.freedom.median(), freedom, rtol=0.1, atol=0)
 
 
 def test_student_quantiles():

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from pgen.algorithms.diffusion.adaptive_ode import AdaptiveODE
+from pgen.algorithms.diffusion.adaptive_sde import AdaptiveSDE
 from pgen.algorithms.diffusion.field import Field, per_row
 from pgen.algorithms.diffusion.grids import default, karras, log_snr, uniform_time
 from pgen.algorithms.diffusion.mixture import Mixture
@@ -31,6 +33,7 @@ from pgen.algorithms.diffusion.solvers import (
     Solver,
     UniPC,
     moved,
+    only_down,
     value,
 )
 from pgen.testing.statistics import StatisticalFailure, assert_frequencies, assert_moments
@@ -321,6 +324,26 @@ def test_encoded_and_decoded() -> None:
         far = solve(x, up, Field(mixture), solver)
         assert float(far.std()) > 10
         assert torch.allclose(solve(far, up.flip(0), Field(mixture), solver), x, atol=1e-2)
+
+
+@pytest.mark.parametrize("solver", [*EVERY, AdaptiveODE(), AdaptiveSDE()], ids=str)
+def test_upwards_there_is_a_law_or_a_reason(solver) -> None:
+    """Either the values of data get the law of the larger noise level, or the solver and the grid are named."""
+    grid = log_snr(40, 0.05, 5.0, zero=False).flip(0)
+    streams = Streams(0, 2000)
+    x = 0.7 + (0.25 + 0.05**2) ** 0.5 * streams.normal(0, (3,), torch.empty(0))
+    if only_down(solver):
+        with pytest.raises(ValueError, match=r"goes up, from noise level 0.05 to 5; expected") as raised:
+            solve(x, grid, Field(gaussian, streams), solver)
+        assert str(solver) in str(raised.value)
+        return
+    if isinstance(solver, AnnealedLangevin):
+        solver = AnnealedLangevin(0.4, steps=30)
+    out = solve(x, grid, Field(gaussian, streams), solver)
+    if not isinstance(solver, Consistency):  # the denoiser is none of its maps
+        # 6,000 numbers: 5 standard errors of the spread are 5 %; correctors and steps of first order have a bias.
+        assert abs(float(out.std()) / (25.25**0.5) - 1) < 0.12
+        assert abs(float(out.mean()) - 0.7) < 5 * 5.1 / 6000**0.5
 
 
 # Others' solvers, others' wishes.

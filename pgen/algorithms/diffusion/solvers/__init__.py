@@ -11,7 +11,7 @@ from pgen.algorithms.diffusion.solvers.euler_maruyama import EulerMaruyama
 from pgen.algorithms.diffusion.solvers.heun import Heun
 from pgen.algorithms.diffusion.solvers.predictor_corrector import PredictorCorrector
 from pgen.algorithms.diffusion.solvers.sde_dpm_solver import SDEDPMSolverPP
-from pgen.algorithms.diffusion.solvers.state import History, Solver, moved, value
+from pgen.algorithms.diffusion.solvers.state import History, Solver, moved, only_down, value
 from pgen.algorithms.diffusion.solvers.unipc import UniPC
 
 SOLVERS: dict[str, type[Solver]] = {
@@ -47,5 +47,6 @@ __all__ = [
     "Solver",
     "UniPC",
     "moved",
+    "only_down",
     "value",
 ]

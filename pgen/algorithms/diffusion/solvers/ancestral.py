@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ class Ancestral:
     References:
         Ho, Jain & Abbeel, Denoising Diffusion Probabilistic Models, NeurIPS 2020, algorithm 2 and equation 7.
     """
+
+    only_down: ClassVar[bool] = True
 
     def step(self, x: Tensor, t: Tensor | float, t_next: Tensor | float, fn: Field) -> Tensor:
         """From noise level t down to t_next."""

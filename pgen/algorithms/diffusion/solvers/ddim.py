@@ -33,6 +33,11 @@ class DDIM:
         if not 0 <= self.eta <= 1:
             raise ValueError(f"DDIM(eta={self.eta}): expected 0 <= eta <= 1")
 
+    @property
+    def only_down(self) -> bool:
+        """With noise, there is no step to a larger noise level."""
+        return self.eta > 0
+
     def step(self, x: Tensor, t: Tensor | float, t_next: Tensor | float, fn: Field) -> Tensor:
         """From noise level t to t_next."""
         s, t = float(t), float(t_next)

@@ -34,6 +34,11 @@ class EulerMaruyama:
         if self.eta < 0:
             raise ValueError(f"EulerMaruyama(eta={self.eta}): expected eta >= 0")
 
+    @property
+    def only_down(self) -> bool:
+        """With noise, there is no step to a larger noise level."""
+        return self.eta > 0
+
     def step(self, x: Tensor, t: Tensor | float, t_next: Tensor | float, fn: Field) -> Tensor:
         """From noise level t to t_next."""
         s, t = float(t), float(t_next)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pgen.algorithms.diffusion.field import Field, per_row
 from pgen.algorithms.diffusion.solvers.ancestral import Ancestral
-from pgen.algorithms.diffusion.solvers.state import Solver, moved, value
+from pgen.algorithms.diffusion.solvers.state import Solver, moved, only_down, value
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,11 @@ class PredictorCorrector:
             )
         if self.rule not in ("level", "norm"):
             raise ValueError(f"PredictorCorrector(rule={self.rule!r}): expected 'level' or 'norm'")
+
+    @property
+    def only_down(self) -> bool:
+        """As the predictor."""
+        return only_down(self.predictor)
 
     def step(self, state: Any, t: Tensor | float, t_next: Tensor | float, fn: Field) -> Any:
         """From noise level t to t_next, in the predictor's state."""

@@ -39,6 +39,11 @@ class SDEDPMSolverPP:
                 f"SDEDPMSolverPP(order={self.order}, eta={self.eta}): expected order 1, 2 or 3 and eta >= 0"
             )
 
+    @property
+    def only_down(self) -> bool:
+        """With noise, there is no step to a larger noise level."""
+        return self.eta > 0
+
     def step(self, state: Tensor | History, t: Tensor | float, t_next: Tensor | float, fn: Field) -> History:
         """From noise level t down to t_next."""
         s, t = float(t), float(t_next)

@@ -16,6 +16,9 @@ class Solver(Protocol):
 
     The state is the values `[B, *event]` themselves. One that needs a memory returns a NamedTuple or a frozen dataclass
     with a field `x` instead, and takes either: a bare tensor is its first step.
+
+    One whose noise is that of the reverse-time equation, which takes away as much as the next steps can, has no step
+    towards noise: it says so by an attribute `only_down = True`, and `solve` refuses grids that go up.
     """
 
     def step(self, state: Any, t: Any, t_next: Any, fn: Field, /) -> Any:
@@ -46,6 +49,11 @@ class History(NamedTuple):
     def seen(self, level: float, denoised: Tensor, keep: int) -> History:
         """With one more evaluation, `keep` of them in all."""
         return History(self.x, (level, *self.levels)[:keep], (denoised, *self.denoised)[:keep])
+
+
+def only_down(solver: object) -> bool:
+    """Whether a solver has no step to a larger noise level."""
+    return bool(getattr(solver, "only_down", False))
 
 
 def value(state: Any) -> Tensor:
