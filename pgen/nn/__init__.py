@@ -1,9 +1,11 @@
 """The few networks that programs and guides here need."""
 
 from pgen.nn.conv import CausalConv, CausalConv2d
-from pgen.nn.denoisers import DenoiserMLP, EnergyDenoiser, NoiseEmbedding, Preconditioned
+from pgen.nn.denoisers import DenoiserMLP, EnergyDenoiser, Preconditioned
+from pgen.nn.embedding import NoiseEmbedding
 from pgen.nn.made import MADE, MaskedLinear
 from pgen.nn.mlp import MLP
+from pgen.nn.self_conditioned import SelfConditioned
 from pgen.nn.sets import DeepSet
 from pgen.nn.tokens import TokenTransformer
 from pgen.nn.unet import UNet
@@ -19,6 +21,7 @@ __all__ = [
     "MaskedLinear",
     "NoiseEmbedding",
     "Preconditioned",
+    "SelfConditioned",
     "TokenTransformer",
     "UNet",
 ]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pgen.errors import DataError, OptionError
-from pgen.nn.denoisers import NoiseEmbedding
+from pgen.nn.embedding import NoiseEmbedding
 
 
 class UNet(nn.Module):

@@ -7,7 +7,8 @@ from torch.func import functional_call, grad, hessian, jacrev, vmap
 
 from pgen.algorithms.diffusion.predictions import preconditioned
 from pgen.errors import DataError, OptionError
-from pgen.nn.denoisers import DenoiserMLP, EnergyDenoiser, NoiseEmbedding, Preconditioned
+from pgen.nn.denoisers import DenoiserMLP, EnergyDenoiser, Preconditioned
+from pgen.nn.embedding import NoiseEmbedding
 from pgen.nn.unet import UNet
 
 
