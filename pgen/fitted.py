@@ -21,6 +21,7 @@ from pgen.handlers import Keep
 from pgen.history import History
 from pgen.inspection import inspect_problem
 from pgen.isolation import isolated, seed_or_fresh
+from pgen.laws import law_at, site_of
 from pgen.parameters import Parameters
 from pgen.predictive import log_likelihood
 from pgen.predictive import predictive as predictive_draws
@@ -29,6 +30,7 @@ from pgen.protocols import Answers, Backend
 from pgen.structure import Structure
 from pgen.summary import Summary
 
+_REPEATS = 256  # of a log probability that random numbers go into, whose error nobody has told
 _SUMMARIZED = 4000  # draws that a summary is made of, where the fit holds none
 
 
@@ -90,6 +92,39 @@ class Fitted:
         held: Parameters | None = getattr(self._answers, "parameters", None)
         return self.problem.program if held is None else Learned(self.problem.program, held.frozen())
 
+    def law(self, site: str, data: Data = None) -> Any:
+        """The law of a site, as the program says it, with what was learned: a distribution, to be used by hand or in a program.
+
+        It keeps the learned tensors, fixed, wherever it goes: `pyro.sample("x", fitted.law("x"))` in another program has
+        nothing left to learn there. What a backend reached by conversion (draws of a denoiser) is not part of it.
+
+        Args:
+            site: its name.
+            data: what the law is given: inputs of the program, values of the sites that it depends on. None: the fitted data.
+
+        Returns:
+            Of batch shape `[rows]`, a law for each row of the data; where the law is the same for all rows, a single one,
+            of empty batch shape.
+
+        Raises:
+            OptionError: there is no such site.
+            DataError: the law depends on a latent whose value the data does not hold.
+
+        Example:
+            >>> import pyro, pyro.distributions as dist, pgen
+            >>> def program(n):
+            ...     with pyro.plate("data", n):
+            ...         pyro.sample("x", dist.Normal(pyro.param("mean", torch.tensor(0.0)), 1.0))
+            >>> fitted = pgen.fit(program, {"x": torch.tensor([1.0, 3.0])}, "exact", run=pgen.Run(progress=False))
+            >>> fitted.law("x").mean.round(decimals=3), fitted.law("x").batch_shape
+            (tensor(2.), torch.Size([]))
+        """
+        free = not site_of(self.structure, site).inputs and not self.structure.sites[site].parents
+        with self._isolated(self.seed):
+            known = data is None and (free or self._complete)
+            problem, structure = (self.problem, self.structure) if known else self._asked(data)
+            return law_at(replace(problem, program=self.program), structure, site)
+
     def sample(self, n: int, *, seed: int | None = None) -> dict[str, Tensor]:
         """`n` independent joint draws of every site of the program, each of shape [n, ...].
 
@@ -117,7 +152,7 @@ class Fitted:
         self._offered(Query.LOG_PROB)
         with self._isolated(seed):
             problem, structure = self._asked(data)
-            estimate = self._answers.log_prob(problem, structure)
+            estimate = self.with_error(self._answers.log_prob(problem, structure), problem, structure)
         offered = self.offer.answers[Query.LOG_PROB]
         if not isinstance(estimate, Estimate):
             raise Dishonest(
@@ -246,6 +281,23 @@ class Fitted:
     def _isolated(self, seed: int | None) -> Iterator[None]:
         with isolated(seed_or_fresh(seed), self._precision), torch.no_grad():
             yield
+
+    def with_error(self, first: Any, problem: Problem, structure: Structure) -> Any:
+        """An answer of the backend; where a conversion puts random numbers into it, the mean of many, with its error.
+
+        Args:
+            first: the answer. One that has a standard error is left as it is.
+            problem: what was asked about.
+            structure: of the problem.
+        """
+        if not isinstance(first, Estimate) or first.stderr is not None:
+            return first
+        used = [name for path in self.offer.paths.values() for name in path]
+        if not any(structure.conversions.named(name).random for name in used):
+            return first
+        others = [self._answers.log_prob(problem, structure).value for _ in range(_REPEATS - 1)]
+        values = torch.stack([first.value, *others])
+        return replace(first, value=values.mean(0), stderr=values.std(0) / _REPEATS**0.5)
 
     def _offered(self, query: Query) -> None:
         if query not in self.offer.answers:

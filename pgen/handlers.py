@@ -161,6 +161,9 @@ class Keep(Messenger):
         if isinstance(fn, torch.distributions.Independent):
             inner = self._kept(fn.base_dist)
             return fn if inner is fn.base_dist else inner.to_event(fn.reinterpreted_batch_ndims)
+        if isinstance(fn, dist.MaskedDistribution):
+            inner = self._kept(fn.base_dist)
+            return fn if inner is fn.base_dist else inner.mask(fn._mask)
         within: Callable[..., Any] | None = getattr(fn, "within", None)
         return fn if within is None else within(self.context)
 
@@ -168,13 +171,15 @@ class Keep(Messenger):
 class Lent:
     """A function that is called in a context; in all else the function itself, as it is there."""
 
+    pgen_fixed = True  # what is lent to it is learned elsewhere
+
     def __init__(self, fn: Any, context: Callable[[], AbstractContextManager[Any]]) -> None:
         """Keep both."""
-        self._fn, self._context = fn, context
+        self._fn, self.context = fn, context
 
     def __call__(self, *args: Any) -> Any:
         """Call the function in the context."""
-        with self._context():
+        with self.context():
             return self._fn(*args)
 
     def parameters(self) -> list[Tensor]:
@@ -185,8 +190,23 @@ class Lent:
         """Its other tensors."""
         return self._held("buffers")
 
+    def __getattr__(self, name: str) -> Any:
+        """What else it offers, such as its own posterior: methods are called in the context, too."""
+        if name.startswith("_") or name == "context":  # not yet there, in a copy that is being made
+            raise AttributeError(name)
+        with self.context():
+            found = getattr(self._fn, name)
+        if not callable(found):
+            return found
+
+        def lent(*args: Any, **kwargs: Any) -> Any:
+            with self.context():
+                return found(*args, **kwargs)
+
+        return lent
+
     def _held(self, name: str) -> list[Tensor]:
-        with self._context():
+        with self.context():
             return list(getattr(self._fn, name, tuple)())
 
 

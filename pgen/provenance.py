@@ -37,6 +37,7 @@ _BLOCK, _FEW = 16, 64  # elements in a block, and blocks that a label may be lis
 @dataclass
 class _Storage:
     owner: Tensor  # keeps the memory alive, so that its address stays its own
+    width: int  # bytes of an element, as masks count them
     marks: Marks = field(default_factory=dict)  # masks here are flat, one entry per element of the storage
     wide: set[str] = field(default_factory=set)  # labels that may hold anywhere
     blocks: dict[int, set[str]] = field(
@@ -106,6 +107,8 @@ class Provenance:
         if stored is None or not stored.marks:
             return {}
         found: Marks = {}
+        if stored.width != tensor.element_size():  # a complex tensor seen as real, say: all or nothing
+            return dict.fromkeys(stored.marks, True)
         for label in stored.near(*_span(tensor)):
             mask = stored.marks.get(label, False)
             if isinstance(mask, Tensor):
@@ -125,7 +128,7 @@ class Provenance:
         if stored is None:
             if not marks:
                 return
-            stored = self._storages[address] = _Storage(tensor)
+            stored = self._storages[address] = _Storage(tensor, tensor.element_size())
         size = tensor.untyped_storage().nbytes() // max(1, tensor.element_size())
         whole = tensor.numel() == size and tensor.is_contiguous()
         if whole and not keep:
@@ -133,8 +136,12 @@ class Provenance:
                 k: True if m is True else torch.as_tensor(m).expand(tensor.shape).reshape(-1).clone()
                 for k, m in marks.items()
             }
-            stored.wide = set(marks)
+            stored.wide, stored.width = set(marks), tensor.element_size()
             stored.blocks.clear()
+            return
+        if stored.width != tensor.element_size():
+            stored.marks |= dict.fromkeys(marks, True)
+            stored.wide |= set(marks)
             return
         for label in marks if keep else [*stored.marks, *marks]:
             old = stored.marks.get(label, False)

@@ -1,6 +1,7 @@
 """A fit as a folder: its tensors, and what else a file can hold of it; and a fit again from these.
 
-What JSON cannot hold, such as a function among the options, is named, and has to be given again.
+What JSON cannot hold, such as a function among the options, is named, and has to be given again. Options that only
+training asks for, which backends mark with `field(metadata={"saved": False})`, are left out.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ def save(fitted: Fitted, path: str | os.PathLike[str]) -> None:
     tensors |= {f"input.{k}": v for k, v in problem.inputs.items()}
     tensors |= {f"observation.{k}": v for k, v in problem.observations.items()}
     held: dict[str, Tensor] = {}
-    options = {f.name: _plain(getattr(fitted.backend, f.name), held) for f in fields(fitted.backend)}  # type: ignore[arg-type]
+    kept_options = [f.name for f in fields(fitted.backend) if f.metadata.get("saved", True)]  # type: ignore[arg-type]
+    options = {name: _plain(getattr(fitted.backend, name), held) for name in kept_options}
     tensors |= held
     metadata = {
         "backend": fitted.backend.name,

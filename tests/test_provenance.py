@@ -306,6 +306,23 @@ def test_values_are_those_of_a_plain_run():
     assert torch.equal(out, program(a()))
 
 
+def test_memory_seen_with_elements_of_another_size_keeps_its_labels():
+    """A view of a complex tensor as pairs of real numbers: what touches a part of it touches the whole."""
+    provenance = Provenance()
+    x, other = torch.randn(2, 6), torch.randn(2)
+    provenance.mark(x[0], "a")
+    provenance.mark(x[1], "b")
+    provenance.mark(other, "c")
+    with provenance:
+        spectrum = torch.fft.fft(x)
+        pairs = torch.view_as_real(spectrum)[..., :2, :] * 1.0
+        real = spectrum.real * 1.0
+        spectrum.imag[0, :2] = other
+        after = spectrum.abs()
+    assert provenance.labels(pairs) == provenance.labels(real) == {"a", "b"}
+    assert provenance.labels(after) == {"a", "b", "c"}
+
+
 def test_writing_at_a_marked_index_keeps_gradients():
     x = a().requires_grad_()
     provenance = Provenance()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from pgen.capability import Capability
 from pgen.distributions.heads import Head
 from pgen.distributions.rows import call_on_rows, expand_context
 from pgen.errors import OptionError, ProgramError
+from pgen.handlers import Lent
 
 
 class Autoregressive(TorchDistribution):
@@ -99,6 +101,12 @@ class Autoregressive(TorchDistribution):
         new.context = expand_context(self.context, Size(batch_shape))
         TorchDistribution.__init__(new, Size(batch_shape), self.event_shape, validate_args=False)
         new._validate_args = self._validate_args
+        return new
+
+    def within(self, context: Callable[[], AbstractContextManager[Any]]) -> Autoregressive:
+        """The same law, whose network is called in a context: where its tensors are lent to it."""
+        new = self.expand(self.batch_shape)
+        new.network = Lent(self.network, context)
         return new
 
     def conditionals(self, value: Tensor) -> TorchDistribution:
@@ -202,7 +210,7 @@ def _scores(law: TorchDistribution, value: Tensor) -> Tensor:
 
 
 def _parameters(network: Callable[..., Tensor]) -> list[Tensor]:
-    return list(network.parameters()) if isinstance(network, torch.nn.Module) else []
+    return list(getattr(network, "parameters", tuple)())
 
 
 def _device_of(network: Callable[..., Tensor]) -> torch.device | None:

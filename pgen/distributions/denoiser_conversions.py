@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Size, Tensor
@@ -26,7 +26,15 @@ def _tweedie(law: Any) -> Methods:
     return {"score": score}
 
 
-def reversed_by(how: Reversed) -> Conversion:
+class Drawing(Protocol):
+    """A way to draw from a law that can denoise, such as `Reversed`."""
+
+    def draw(self, law: Any, shape: Size, seed: int | None = None) -> Tensor:
+        """Values `[*shape, *batch_shape, *event_shape]`."""
+        ...
+
+
+def reversed_by(how: Drawing) -> Conversion:
     """From a denoiser to draws, in a way of one's own."""
 
     def methods(law: Any) -> Methods:

@@ -65,6 +65,39 @@ def over_rows(law: Denoising, lead: Size) -> Denoiser:
     return denoiser
 
 
+def in_parts(
+    law: Denoising, shape: Size, seed: int | None, rows: Callable[[Denoising, Size, Streams], Tensor]
+) -> Tensor:
+    """Draws of a law, as many at a time as memory allows.
+
+    Args:
+        law: to draw from.
+        shape: of independent draws.
+        seed: of the draws, each of which then depends on its number alone; None: of torch's global generator.
+        rows: draws `[rows, *event_shape]` of real values, given the law, the leading dimensions that they are the rows of,
+            and their random numbers.
+
+    Returns:
+        Values `[*shape, *batch_shape, *event_shape]`.
+    """
+    lead = Size(shape) + law.batch_shape
+    n = math.prod(lead)
+    if not n:
+        return law.like.new_zeros(lead + law.event_shape)
+    each = max(1, _AT_ONCE // max(1, math.prod(law.event_shape)))
+    if seed is None:
+        seed = int(torch.randint(1 << 62, ()))
+    if n > each and not law.batch_shape:
+        counts = [min(each, n - i) for i in range(0, n, each)]
+        parts = [rows(law, Size((m,)), Streams(seed, m, each * i)) for i, m in enumerate(counts)]
+        found = torch.cat(parts)
+    else:
+        found = rows(law, lead, Streams(seed, n))
+    found = found.reshape(lead + law.event_shape)
+    cells: Callable[[Tensor], Tensor] | None = getattr(law, "cells", None)
+    return found if cells is None else cells(found)
+
+
 Grid = Callable[[int, float, float], Tensor]
 """From a number of steps and the least and largest noise levels to levels `[steps + 1]`, ending with 0."""
 
@@ -91,35 +124,16 @@ class Reversed:
             shape: of independent draws.
             seed: of the draws, each of which then depends on its number alone; None: of torch's global generator.
         """
-        lead = Size(shape) + law.batch_shape
-        n = math.prod(lead)
-        if not n:
-            return law.like.new_zeros(lead + law.event_shape)
-        each = max(1, _AT_ONCE // max(1, math.prod(law.event_shape)))
-        shared = not law.batch_shape
-        if seed is None:
-            seed = int(torch.randint(1 << 62, ()))
-        first = law.like.new_empty(0)
-        if n > each and shared:
-            parts = [
-                self._rows(law, Size((min(each, n - i),)), Streams(seed, min(each, n - i), i), first)
-                for i in range(0, n, each)
-            ]
-            rows = torch.cat(parts)
-        else:
-            rows = self._rows(law, lead, Streams(seed, n), first)
-        found = rows.reshape(lead + law.event_shape)
-        cells: Callable[[Tensor], Tensor] | None = getattr(law, "cells", None)
-        return found if cells is None else cells(found)
+        return in_parts(law, shape, seed, self._rows)
 
-    def _rows(self, law: Denoising, lead: Size, streams: Streams, like: Tensor) -> Tensor:
+    def _rows(self, law: Denoising, lead: Size, streams: Streams) -> Tensor:
         schedule = law.schedule
         grid = self.grid(self.steps, schedule.sigma_min, schedule.sigma_max)
-        x = start(streams, law.event_shape, grid[0], like, variance=_VARIANCE)
+        x = start(streams, law.event_shape, grid[0], law.like.new_empty(0), variance=VARIANCE)
         return solve(x, grid, Field(over_rows(law, lead), streams), self.solver)
 
 
-_VARIANCE = 1.0
+VARIANCE = 1.0
 """Of the data per scalar, as far as it matters at the largest noise level: next to nothing."""
 
 
@@ -234,7 +248,7 @@ class Bounded:
 
     def _bound(self, law: Denoising) -> Bound:
         low, high = law.schedule.sigma_min, law.schedule.sigma_max
-        return Bound(low, high, variance=_VARIANCE, antithetic=self.antithetic)
+        return Bound(low, high, variance=VARIANCE, antithetic=self.antithetic)
 
 
 _REPEATS = 8

@@ -14,12 +14,13 @@ from torch import Size, Tensor
 from torch.distributions import constraints
 from torch.types import _size
 
-from pgen.algorithms.diffusion.field import Field, score_of
+from pgen.algorithms.diffusion.field import score_of
 from pgen.algorithms.diffusion.guidance import classifier_free
-from pgen.algorithms.diffusion.noise import Streams
 from pgen.algorithms.diffusion.schedules import Schedule
+from pgen.algorithms.diffusion.solvers import Solver
 from pgen.capability import Capability
 from pgen.distributions.denoising import Bounded, Flowing, Reversed
+from pgen.distributions.editing import decode, edited, encode
 from pgen.distributions.rows import expand_context
 from pgen.errors import OptionError, ProgramError
 from pgen.handlers import Lent
@@ -131,9 +132,9 @@ class Diffusion(TorchDistribution):
 
     def within(self, context: Callable[[], AbstractContextManager[Any]]) -> Diffusion:
         """The same law, whose denoiser is called in a context: where its tensors are lent to it."""
-        new = Diffusion(Lent(self.denoiser, context), self.schedule, self.event_shape, context=self.context)
-        new._validate_args = self._validate_args
-        return new.expand(self.batch_shape) if self.batch_shape != new.batch_shape else new
+        new = self.expand(self.batch_shape)
+        new.denoiser = Lent(self.denoiser, context)
+        return new
 
     @property
     def unplaced(self) -> Diffusion | None:
@@ -144,13 +145,9 @@ class Diffusion(TorchDistribution):
 
     def guided(self, scale: float) -> Diffusion:
         """The law with its condition counted `scale` times: classifier-free guidance, see `algorithms.diffusion.guidance`."""
-        return Diffusion(
-            classifier_free(self.denoiser, scale),
-            self.schedule,
-            self.event_shape,
-            context=self.context,
-            validate_args=False,
-        )
+        new = self.expand(self.batch_shape)
+        new.denoiser = classifier_free(self.denoiser, scale)
+        return new
 
     def denoise(self, value: Tensor, sigma: Tensor | float) -> Tensor:
         """E[x0 | x0 + sigma eps = value].
@@ -187,10 +184,6 @@ class Diffusion(TorchDistribution):
 
         return denoiser
 
-    def field(self, lead: Size, streams: Streams | None = None) -> Field:
-        """The denoiser as solvers take it, over flat rows of values of shape `[*lead, *event_shape]`."""
-        return Field(self.rows(lead), streams)
-
     @property
     def like(self) -> Tensor:
         """A tensor of the dtype and on the device that values have: those of the context, or of the denoiser."""
@@ -210,6 +203,75 @@ class Diffusion(TorchDistribution):
         wide = torch.as_tensor(level, dtype=value.dtype, device=value.device)
         wide = wide.reshape(wide.shape + (1,) * len(self.event_shape))
         return score_of(self.denoise(value, level), value, wide if wide.dim() else float(level))
+
+    def encode(self, value: Tensor, *, tolerance: float = 1e-5) -> Tensor:
+        """The noise at which the path of a value begins: the probability flow upwards, to the largest noise level.
+
+        Without chance: `decode(encode(x))` is x, up to the solver's error. Of a law learned without fault, the noise of
+        its draws is standard normal.
+
+        Args:
+            value: shape `[..., *batch_shape, *event_shape]`, at the least noise level.
+            tolerance: of the solver, relative, and absolute for values of the order of 1.
+
+        Returns:
+            The shape of `value`, with no gradient.
+
+        References:
+            Song et al., *Score-Based Generative Modeling through Stochastic Differential Equations*, 2021, section 4.3.
+            Su, Song, Meng and Ermon, *Dual Diffusion Implicit Bridges for Image-to-Image Translation*, 2023: what one
+            model encodes, another decodes.
+
+        Example:
+            >>> from pgen.distributions import VE, MixtureDenoiser
+            >>> narrow = Diffusion(MixtureDenoiser(torch.tensor([[0.0]]), scale=1.0), VE(0.01, 999.0), (1,))
+            >>> wide = Diffusion(MixtureDenoiser(torch.tensor([[5.0]]), scale=3.0), VE(0.01, 999.0), (1,))
+            >>> wide.decode(narrow.encode(torch.tensor([1.0]))).round(decimals=1)  # one deviation above the mean
+            tensor([8.])
+        """
+        return encode(self, value, tolerance)
+
+    def decode(self, noise: Tensor, *, tolerance: float = 1e-5) -> Tensor:
+        """The value at which the path from some noise ends, at the least noise level: the inverse of `encode`.
+
+        Args:
+            noise: shape `[..., *batch_shape, *event_shape]`, of scale one: standard normal noise gives draws.
+            tolerance: of the solver.
+
+        Returns:
+            The shape of `noise`, with no gradient.
+        """
+        return decode(self, noise, tolerance)
+
+    def edited(
+        self,
+        value: Tensor,
+        sigma: float,
+        *,
+        steps: int = 32,
+        solver: Solver | None = None,
+        seed: int | None = None,
+    ) -> Tensor:
+        """Draws near a value: noise is added to it, and taken away by this law. A sketch becomes a picture.
+
+        Args:
+            value: shape `[..., *batch_shape, *event_shape]`.
+            sigma: the noise level: the more, the more probable the result is, and the less like the value.
+            steps: from there to the least noise level, and on to data.
+            solver: takes them; None for the one that draws take.
+            seed: of the noise; each draw then depends on its number alone. None: from torch's global generator.
+
+        Returns:
+            The shape of `value`, with no gradient.
+
+        Raises:
+            DataError: the value has another shape.
+            OptionError: sigma is no noise level of the schedule, or there are no steps.
+
+        References:
+            Meng et al., *SDEdit: Guided Image Synthesis and Editing with Stochastic Differential Equations*, 2022.
+        """
+        return edited(self, value, sigma, Reversed().solver if solver is None else solver, steps, seed)
 
     @torch.no_grad()
     def sample(self, sample_shape: _size = ()) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from pgen.capability import Capability
 from pgen.distributions.quiet import zuko
 from pgen.distributions.rows import expand_context
 from pgen.errors import OptionError, ProgramError
+from pgen.handlers import Lent
 
 _UNSAID = zuko.distributions.NormalizingFlow  # does not say its support; asking raises
 
@@ -93,11 +95,20 @@ class Flow(TorchDistribution):
         new: Any = self._get_checked_instance(Flow, _instance)
         new.flow = self.flow
         new.context = expand_context(self.context, Size(batch_shape))
-        new.law = self.law.expand(Size(batch_shape))
+        new.law = (self.law if self.context is not None else self.flow()).expand(Size(batch_shape))
         new._last = None
         TorchDistribution.__init__(new, Size(batch_shape), self.event_shape, validate_args=False)
         new._validate_args = self._validate_args
         return new
+
+    def within(self, context: Callable[[], AbstractContextManager[Any]]) -> Flow:
+        """The same law, whose networks are called in a context: where their tensors are lent to them."""
+        new = self.expand(self.batch_shape)
+        new.flow = Lent(self.flow, context)
+        return new
+
+    def _lent(self) -> AbstractContextManager[Any]:
+        return self.flow.context() if isinstance(self.flow, Lent) else nullcontext()
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Exact log density in nats.
@@ -112,7 +123,8 @@ class Flow(TorchDistribution):
             self._validate_sample(value)
         if self._last is not None and self._last[0] is value and self._last[1] == value._version:
             return self._last[2]
-        return self.law.log_prob(self._flat(value))
+        with self._lent():
+            return self.law.log_prob(self._flat(value))
 
     def rsample(self, sample_shape: _size = ()) -> Tensor:
         """Draws with pathwise gradients, shape `[*sample_shape, *batch_shape, *event_shape]`."""
@@ -122,17 +134,19 @@ class Flow(TorchDistribution):
 
     def rsample_and_log_prob(self, sample_shape: _size = ()) -> tuple[Tensor, Tensor]:
         """Draws with pathwise gradients and their log density, in one pass through the flow."""
-        if hasattr(self.law, "rsample_and_log_prob"):
-            flat, log_prob = self.law.rsample_and_log_prob(Size(sample_shape))
-        else:
-            flat = self.law.rsample(Size(sample_shape))
-            log_prob = self.law.log_prob(flat)
+        with self._lent():
+            if hasattr(self.law, "rsample_and_log_prob"):
+                flat, log_prob = self.law.rsample_and_log_prob(Size(sample_shape))
+            else:
+                flat = self.law.rsample(Size(sample_shape))
+                log_prob = self.law.log_prob(flat)
         return self._shaped(flat), log_prob
 
     @torch.no_grad()
     def sample(self, sample_shape: _size = ()) -> Tensor:
         """Draws without gradients, shape `[*sample_shape, *batch_shape, *event_shape]`."""
-        return self._shaped(self.law.rsample(Size(sample_shape)))
+        with self._lent():
+            return self._shaped(self.law.rsample(Size(sample_shape)))
 
     def _flat(self, value: Tensor) -> Tensor:
         return value.reshape(*value.shape[: value.ndim - len(self.event_shape)], -1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, NoReturn
 
 import torch
@@ -14,6 +15,7 @@ from torch.types import _size
 from pgen.capability import Capability
 from pgen.distributions.rows import call_on_rows, expand_context
 from pgen.errors import Intractable, OptionError, ProgramError
+from pgen.handlers import Lent
 
 
 class Implicit(TorchDistribution):
@@ -83,6 +85,12 @@ class Implicit(TorchDistribution):
         new.context = expand_context(self.context, Size(batch_shape))
         TorchDistribution.__init__(new, Size(batch_shape), self.event_shape, validate_args=False)
         new._validate_args = self._validate_args
+        return new
+
+    def within(self, context: Callable[[], AbstractContextManager[Any]]) -> Implicit:
+        """The same law, whose generator is called in a context: where its tensors are lent to it."""
+        new = self.expand(self.batch_shape)
+        new.generator = Lent(self.generator, context)
         return new
 
     def rsample(self, sample_shape: _size = ()) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, NoReturn
 
 import pyro.distributions as dist
@@ -28,6 +29,7 @@ from pgen.capability import Capability, Estimate, Exactness
 from pgen.distributions.rows import expand_context
 from pgen.distributions.token_rows import TokenRows
 from pgen.errors import Intractable, OptionError
+from pgen.handlers import Lent
 
 
 class MaskedDiffusion(TorchDistribution):
@@ -129,6 +131,12 @@ class MaskedDiffusion(TorchDistribution):
         new.context = expand_context(self.context, Size(batch_shape))
         TorchDistribution.__init__(new, Size(batch_shape), self.event_shape, validate_args=False)
         new._validate_args = self._validate_args
+        return new
+
+    def within(self, context: Callable[[], AbstractContextManager[Any]]) -> MaskedDiffusion:
+        """The same law, whose network is called in a context: where its tensors are lent to it."""
+        new = self.expand(self.batch_shape)
+        new.network = Lent(self.network, context)
         return new
 
     def bound(self, value: Tensor, *, views: Viewing | None = None) -> Tensor:

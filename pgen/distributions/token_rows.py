@@ -44,7 +44,7 @@ class TokenRows:
         """Where draws are made: with the context, or with the network."""
         if self.context is not None:
             return self.context.device
-        parameters = self.network.parameters() if isinstance(self.network, torch.nn.Module) else iter(())
+        parameters = getattr(self.network, "parameters", tuple)()
         return next((p.device for p in parameters), None)
 
     def few(self, asked: str, instead: str) -> None:
