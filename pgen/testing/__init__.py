@@ -3,7 +3,7 @@
 from pgen.testing.calibration import coverage, sbc
 from pgen.testing.calibration_report import Calibration, CalibrationRow, Coverage, CoverageRow
 from pgen.testing.conformance import CHECKS, Report, ReportRow, conformance, conformance_report
-from pgen.testing.problems import LEARNED, SUITED, UNSUITABLE, Reference
+from pgen.testing.problems import DENOISED, LEARNED, SUITED, UNSUITABLE, Reference
 from pgen.testing.statistics import (
     StatisticalFailure,
     assert_distribution,
@@ -22,6 +22,7 @@ from pgen.testing.statistics import (
 
 __all__ = [
     "CHECKS",
+    "DENOISED",
     "LEARNED",
     "SUITED",
     "UNSUITABLE",

@@ -201,13 +201,17 @@ def _judge(subject: Subject, estimate: Estimate, truth: Tensor, what: str) -> No
             -value, -truth, stderr, alpha=alpha, what=f"{what} is offered as an upper bound (negated)"
         )
     elif estimate.kind is Exactness.ESTIMATE:
-        if stderr is None:
+        solver = estimate.solver_error
+        if stderr is None and solver is None:
             raise AssertionError(
                 f"{what} is an estimate without a standard error; say how far it may be off: "
-                "Estimate(..., stderr=...)"
+                "Estimate(..., stderr=...), or solver_error=... where nothing is random"
             )
-        # The logarithm of an unbiased estimate is low by about half its variance: allow for that first.
-        forgiven = torch.minimum(error.abs(), stderr.double().square())
+        stderr = torch.zeros_like(value) if stderr is None else stderr.double()
+        # What the solver owns to comes first, and, as the logarithm of an unbiased estimate is low by about half its
+        # variance, that.
+        owned = stderr.square() + (0.0 if solver is None else solver.double())
+        forgiven = torch.minimum(error.abs(), owned)
         stats.assert_estimate(value - error.sign() * forgiven, truth, stderr, alpha=alpha, what=what)
     elif estimate.kind is Exactness.UNNORMALIZED:
         _claim(

@@ -32,14 +32,15 @@ from pgen.testing import checks_contract as contract
 from pgen.testing import checks_hygiene as hygiene
 from pgen.testing import checks_shapes as shapes
 from pgen.testing import checks_truth as truth
-from pgen.testing.problems import LEARNED, SUITED, UNSUITABLE, Reference
+from pgen.testing.problems import DENOISED, LEARNED, SUITED, UNSUITABLE, Reference
 from pgen.testing.subject import NotApplicable, Settings, Subject
 
 Check = Callable[[Subject], None]
 Outcome = Literal["passed", "failed", "not applicable", "expected failure", "unexpected pass"]
 
-_SERVED = (*SUITED, *LEARNED)
-_ALL = (*SUITED, *LEARNED, *UNSUITABLE)
+_KNOWN = (*SUITED, *DENOISED)
+_SERVED = (*_KNOWN, *LEARNED)
+_ALL = (*_SERVED, *UNSUITABLE)
 
 #: every check, and the problems that it looks at (none: it looks at the backend alone)
 CHECKS: dict[Check, tuple[Reference, ...]] = {
@@ -58,14 +59,14 @@ CHECKS: dict[Check, tuple[Reference, ...]] = {
     hygiene.survives_saving: _SERVED,
     shapes.shapes_of_draws: _SERVED,
     shapes.shapes_of_log_prob: _SERVED,
-    shapes.shapes_of_marginals: SUITED,
+    shapes.shapes_of_marginals: _KNOWN,
     shapes.answers_are_finite: _SERVED,
     shapes.keeps_double_precision: _SERVED,
-    shapes.rows_do_not_mix: SUITED,
-    truth.log_prob_is_true: SUITED,
+    shapes.rows_do_not_mix: _KNOWN,
+    truth.log_prob_is_true: _KNOWN,
     truth.exact_log_prob_has_no_noise: _SERVED,
-    truth.posterior_is_true: SUITED,
-    truth.marginals_are_true: SUITED,
+    truth.posterior_is_true: _KNOWN,
+    truth.marginals_are_true: _KNOWN,
     truth.samples_are_true: _SERVED,
     truth.learns: LEARNED,
 }
@@ -87,7 +88,7 @@ def conformance(
         expected_failures: reasons by `"check[problem]"`, or `"check"` for all its problems. These tests are
             expected to fail, and fail the suite where they pass (a strict xfail).
         run: how the backend is fitted where its answers are compared with the truth; if None, in 400 steps.
-        problems: names of the problems to look at; all of them if None.
+        problems: names of the problems to look at; if None, all but `DENOISED`, whose densities are no backend's own.
         tolerance: error of what is offered as an estimate that passes, in posterior standard deviations.
         alpha: probability that a check of random numbers fails although the backend is right.
 
@@ -129,7 +130,7 @@ def conformance_report(
         backend: a backend, a class, or the name of an installed one.
         expected_failures: reasons by `"check[problem]"` or `"check"`.
         run: how the backend is fitted; if None, in 400 steps.
-        problems: names of the problems to look at; all of them if None.
+        problems: names of the problems to look at; if None, all but `DENOISED`, whose densities are no backend's own.
         tolerance: error of an estimate that passes, in posterior standard deviations.
         alpha: probability of a false alarm of each check.
         progress: called with every row as it comes.
@@ -300,13 +301,14 @@ _BY_NAME: dict[str, tuple[Check, Reference | None]] = {
 def _names(problems: Collection[str] | None) -> list[str]:
     """Names of the checks on some problems."""
     known = [p.name for p in _ALL]
+    usual = [p.name for p in _ALL if p not in DENOISED]
     for problem in problems or ():
         if problem not in known:
             raise OptionError(f"problems names {problem!r}; there are {', '.join(known)}")
     return [
         name
         for name, (_, reference) in _BY_NAME.items()
-        if problems is None or reference is None or reference.name in problems
+        if reference is None or reference.name in (usual if problems is None else problems)
     ]
 
 

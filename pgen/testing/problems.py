@@ -3,8 +3,8 @@
 Each `Reference` is a small program with data, and closed forms (in float64) of everything that a fit can be
 asked: the marginal log probability of data, the posterior law of every latent site, some joint expectations
 under the posterior, and the law of a draw of every site. `SUITED` are programs that a backend may serve;
-`LEARNED` has something to learn, with a known optimum; `UNSUITABLE` are programs that most backends must
-refuse, by naming the site.
+`DENOISED` have a site of which only a denoiser is known; `LEARNED` has something to learn, with a known
+optimum; `UNSUITABLE` are programs that most backends must refuse, by naming the site.
 
 >>> coin = next(p for p in SUITED if p.name == "beta-bernoulli")
 >>> round(float(coin.posterior(coin.data)["p"].mean), 3)
@@ -24,6 +24,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from pgen.testing import denoised
 from pgen.testing.unsuitable import LearnedEnergy, branching, implicit
 
 Data = Mapping[str, Tensor]
@@ -282,6 +283,18 @@ def _log_normal() -> Any:
     return dist.LogNormal(half, half)
 
 
+# --- a diffusion: a denoiser is all that is known of a site, observed or latent ---
+
+
+def _denoised_posterior(data: Data) -> Laws:
+    means, covariance, weights = denoised.posterior(data)
+    return {"z": denoised.coordinates(means, covariance.diagonal(), weights)}
+
+
+def _denoised_joint(data: Data) -> Expectations:
+    return {"z[0] z[1]": (lambda draws: draws["z"].prod(-1), denoised.product(data))}
+
+
 # --- something to learn, with a known optimum ---
 
 
@@ -364,6 +377,26 @@ SUITED: tuple[Reference, ...] = (
         lambda data: _log_normal().log_prob(_f64(data["x"])),
         lambda data: {},
         predictive=lambda: {"x": _log_normal()},
+    ),
+)
+
+DENOISED: tuple[Reference, ...] = (
+    Reference(
+        "denoised",
+        denoised.denoised,
+        {"x": torch.stack([_X - 1.0, _X.flip(0) - 1.0], -1)},
+        lambda data: denoised.exact().log_prob(_f64(data["x"])),
+        lambda data: {},
+        predictive=lambda: {"x": denoised.prior()},
+    ),
+    Reference(
+        "denoised-latent",
+        denoised.denoised_latent,
+        {"y": _X - 1.0},
+        lambda data: denoised.seen().log_prob(_f64(data["y"])),
+        _denoised_posterior,
+        _denoised_joint,
+        predictive=lambda: {"z": denoised.prior(), "y": denoised.seen()},
     ),
 )
 

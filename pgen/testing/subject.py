@@ -184,7 +184,7 @@ class Subject:
             if query is Query.SAMPLE:
                 return dict(answers.sample(n))
             if query is Query.LOG_PROB:
-                return answers.log_prob(problem, structure)
+                return fitted.with_error(answers.log_prob(problem, structure), problem, structure)
             if query is Query.POSTERIOR:
                 return answers.posterior(problem, structure, n)
             return dict(answers.marginals(problem, structure))

@@ -14,7 +14,8 @@ from pgen.testing import problems, unsuitable
 from pgen.testing import statistics as stats
 from pgen.testing.checks_truth import assert_law, moments_of
 
-EVERY = {p.name: p for p in (*problems.SUITED, *problems.LEARNED, *problems.UNSUITABLE)}
+KNOWN = {p.name: p for p in (*problems.SUITED, *problems.DENOISED)}
+EVERY = KNOWN | {p.name: p for p in (*problems.LEARNED, *problems.UNSUITABLE)}
 SUITED = {p.name: p for p in problems.SUITED}
 
 
@@ -63,11 +64,34 @@ def test_evidence_and_posterior_agree_with_weighted_draws_from_the_prior(name):
         stats.assert_mean(weighed, 0.0, what=f"posterior expectation of {what}")
 
 
-@pytest.mark.parametrize("name", SUITED)
+def test_evidence_and_posterior_of_a_denoised_latent_agree_with_weighted_draws():
+    """The same with exact draws of the prior: of the program's own, nothing but a denoiser is known."""
+    reference = KNOWN["denoised-latent"]
+    z = problems.denoised.exact().sample(60_000, generator=torch.Generator().manual_seed(0))
+    seen = torch.distributions.Normal(z[:, :1] - 0.5 * z[:, 1:], 0.75)
+    weights = (
+        seen.log_prob(reference.data["y"].double()) - reference.log_prob(reference.data)
+    ).exp()  # [draws, rows]
+    stats.assert_mean(weights, 1.0, what="evidence")
+    law = reference.posterior(reference.data)["z"]
+    (function, product) = reference.joint(reference.data)["z[0] z[1]"]
+    for found, expected in (
+        (z, law.mean),
+        (z.square(), law.variance + law.mean.square()),
+        (function({"z": z})[:, None], product[:, None]),
+    ):
+        stats.assert_mean((found[:, None] - expected) * weights[..., None], 0.0, what="posterior expectation")
+
+
+@pytest.mark.parametrize("name", KNOWN)
 def test_predictive_laws_are_those_of_the_program(name):
-    reference = SUITED[name]
+    reference = KNOWN[name]
     structure, problem = inspect_problem(Problem.of(reference.program, reference.data))
-    drawn = draw(problem, structure, 10_000)
+    if problem.undrawable:  # by itself, a program draws a diffusion as it can
+        nodes = poutine.trace(reference.program).get_trace(10_000).nodes
+        drawn = {site: nodes[site]["value"] for site in structure.sites}
+    else:
+        drawn = draw(problem, structure, 10_000)
     for site, law in reference.predictive().items():
         assert drawn[site].shape == (10_000, *law.batch_shape)
         assert_law(drawn[site], law, alpha=1e-6, what=site)

@@ -15,6 +15,7 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro import poutine
 
 from pgen.capability import Estimate, Exactness, Offer, Query, Rank, Refusal
 from pgen.choice import learned_factor
@@ -25,7 +26,8 @@ from pgen.sampling import draw, observed_scalars
 from pgen.testing import problems
 
 REFERENCES = {
-    getattr(p.program, "__name__", type(p.program).__name__): p for p in (*problems.SUITED, *problems.LEARNED)
+    getattr(p.program, "__name__", type(p.program).__name__): p
+    for p in (*problems.SUITED, *problems.DENOISED, *problems.LEARNED)
 }
 EXACTLY = dict.fromkeys(Query, Exactness.EXACT)
 
@@ -76,6 +78,9 @@ class OracleAnswers:
                 self.parameters.tensors["log_scale"].copy_(x.std(correction=0).log())
 
     def sample(self, n):
+        if self.problem.undrawable:  # pgen leaves it to backends how a denoiser is drawn from
+            nodes = poutine.trace(self.problem.program).get_trace(n).nodes
+            return {site: nodes[site]["value"] for site in self.structure.sites}
         with self.parameters.installed():
             return draw(self.problem, self.structure, n)
 
@@ -102,6 +107,10 @@ class OracleAnswers:
     def joint_draws(self, data, n):
         if self.reference.name == "regression":
             return {"w": dist.MultivariateNormal(*problems._regression_moments(data)).sample((n,))}
+        if self.reference.name == "denoised-latent":
+            means, covariance, weights = problems.denoised.posterior(data)
+            each = dist.MultivariateNormal(means, covariance)
+            return {"z": torch.distributions.MixtureSameFamily(dist.Categorical(weights), each).sample((n,))}
         if self.reference.name == "hmm":
             path = dist.Categorical(logits=problems._hmm_path_table(data)).sample((n,))
             return {f"z{t}": problems._paths()[0][path, t] for t in range(3)}
@@ -587,6 +596,55 @@ class EstimateTooSure(Oracle):
         return replace(exact, value=value, kind="estimate", stderr=torch.full_like(value, 0.01))
 
     answers = answering(log_prob=log_prob)
+
+
+@specimen("log_prob_is_true", on=("denoised",))
+@dataclass(frozen=True)
+class SolverTooSure(Oracle):
+    """An equation solved without noise, further from the truth than it says."""
+
+    missed: float = 0.02
+    examine = offering(answers=promising(log_prob="estimate"))
+
+    def log_prob(self, problem, structure):
+        exact = OracleAnswers.log_prob(self, problem, structure)
+        owned = torch.full_like(exact.value, 0.01)
+        return replace(exact, value=exact.value + self.backend.missed, kind="estimate", solver_error=owned)
+
+    answers = answering(log_prob=log_prob)
+
+
+@specimen("log_prob_is_true", on=("denoised",))
+@dataclass(frozen=True)
+class ClaimsThatASolverIsExact(Oracle):
+    def log_prob_of(self, problem):
+        return OracleAnswers.log_prob_of(self, problem) + 0.02
+
+    answers = answering(log_prob_of=log_prob_of)
+
+
+@specimen("samples_are_true", on=("denoised",))
+@dataclass(frozen=True)
+class DenoisesTooMuch(Oracle):
+    """Draws that end in the nearest denoised values lose variance."""
+
+    def sample(self, n):
+        x = OracleAnswers.sample(self, n)["x"]
+        law = problems.denoised.exact()
+        return {"x": law(x.double(), 0.3).float()}
+
+    answers = answering(sample=sample)
+
+
+@specimen("posterior_is_true", on=("denoised-latent",))
+@dataclass(frozen=True)
+class GuidesHalfAsMuch(Oracle):
+    """Draws given an observation of twice the noise: what a likelihood of the denoised value alone does, roughly."""
+
+    def joint_draws(self, data, n):
+        return OracleAnswers.joint_draws(self, {"y": data["y"] / 2}, n)
+
+    answers = answering(joint_draws=joint_draws)
 
 
 @specimen("log_prob_is_true")
