@@ -7,7 +7,8 @@ from pairs of neighbouring noise levels a < b of a grid that gets finer as train
     training        the same with x_a = x_0 + a eps and x_b = x_0 + b eps: no teacher
 
 where sg stops gradients. Samples are f(sigma_max eps, sigma_max); or, better, that again with noise, for a few levels.
-Networks must be the identity at sigma_min by construction: `pgen.nn.Preconditioned(network, sigma_data, sigma_min)` is.
+Networks must be the identity at sigma_min by construction: `end_of_path` makes one out of any network, and
+`pgen.nn.Preconditioned(network, sigma_data, sigma_min=...)` is one.
 
 References:
     Song, Dhariwal, Chen & Sutskever, Consistency Models, ICML 2023.
@@ -73,23 +74,63 @@ class Curriculum:
 
     def intervals(self, step: int) -> int:
         """How many intervals the grid has at a step, counted from 0."""
-        stages = math.floor(math.log2(self.last / self.first)) + 1
-        stage = min(step * stages // self.steps, stages)
-        return min(self.first * 2**stage, self.last)
+        return int(self._intervals(torch.tensor(float(step), dtype=torch.float64)))
 
     def grid(self, step: int) -> Tensor:
         """Noise levels, increasing, `[intervals + 1]`, float64."""
-        part = torch.linspace(0, 1, self.intervals(step) + 1, dtype=torch.float64)
-        low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
-        return (low + part * (high - low)) ** self.rho
+        count = self.intervals(step)
+        return self._level(torch.arange(count + 1, dtype=torch.float64) / count)
 
-    def levels(self, step: int, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Neighbouring levels (lower, upper), `[B]` each, from uniform numbers `[B]`."""
-        grid = self.grid(step).to(u.device)
-        below = torch.special.ndtr((grid.log() - self.log_mean) / self.log_std)
-        ends = (below[1:] - below[0]) / (below[-1] - below[0])
-        place = torch.searchsorted(ends, u.double().contiguous()).clamp(max=len(ends) - 1)
-        return grid[place].to(u), grid[place + 1].to(u)
+    def levels(self, step: int | Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Neighbouring levels (lower, upper), `[B]` each, from uniform numbers `[B]`.
+
+        A level of the log-normal law within the range, and the interval it falls into: no grid is made, and nothing turns
+        on the step, which may be a tensor of no dimensions.
+        """
+        number = step.double() if isinstance(step, Tensor) else torch.tensor(float(step), dtype=torch.float64)
+        count = self._intervals(number.to(u.device))
+        ends = torch.tensor([self.sigma_min, self.sigma_max], dtype=torch.float64, device=u.device)
+        below, above = torch.special.ndtr((ends.log() - self.log_mean) / self.log_std)
+        quantile = torch.special.ndtri(below + u.double() * (above - below))
+        level = (self.log_mean + self.log_std * quantile).exp().clamp(self.sigma_min, self.sigma_max)
+        low, high = self._roots
+        place = (count * (level ** (1 / self.rho) - low) / (high - low)).floor().clamp(min=0)
+        place = torch.minimum(place, count - 1)
+        return self._level(place / count).to(u), self._level((place + 1) / count).to(u)
+
+    def _intervals(self, step: Tensor) -> Tensor:
+        stages = math.floor(math.log2(self.last / self.first)) + 1
+        stage = (step * stages / self.steps).floor().clamp(max=stages)
+        return (self.first * 2**stage).clamp(max=self.last)
+
+    def _level(self, part: Tensor) -> Tensor:
+        """Noise levels at parts of the grid, from 0 (least) to 1."""
+        low, high = self._roots
+        return ((low + part * (high - low)) ** self.rho).clamp(self.sigma_min, self.sigma_max)
+
+    @property
+    def _roots(self) -> tuple[float, float]:
+        return self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
+
+
+def end_of_path(network: Denoiser, sigma_min: float) -> Denoiser:
+    r"""A function that is the identity at sigma_min, out of any network that has the form of a denoiser.
+
+    .. math:: f(x, \sigma) = x + (1 - \sigma_{min} / \sigma)\,(D(x, \sigma) - x)
+
+    This is one step of Euler's method along the probability flow, from sigma to sigma_min: where D is the denoiser, f is a
+    first guess of the path's end; a network that is trained through f learns the D with which one step is right. (With the
+    scales of `pgen.nn.Preconditioned` for D, f has those of Song et al. 2023, but for terms of sigma_min / sigma.)
+
+    Args:
+        network: from values `[B, *event]` and noise levels `[B]` to values.
+        sigma_min: least level.
+    """
+
+    def end(x: Tensor, sigma: Tensor) -> Tensor:
+        return x + per_row((1 - sigma_min / sigma).clamp(min=0), x) * (network(x, sigma) - x)
+
+    return end
 
 
 def pseudo_huber(error: Tensor, c: float | None = None) -> Tensor:

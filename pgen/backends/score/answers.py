@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,14 +14,18 @@ from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
+from pgen.backends.score.inference import LEVELS, Inference
+from pgen.backends.score.joint import Guided
 from pgen.backends.score.needs import most_exact
-from pgen.backends.score.posterior import Inference, infer
+from pgen.backends.score.posterior import infer
 from pgen.backends.score.prior import counted, denoising_law
+from pgen.backends.score.rows import Row, by_row
 from pgen.capability import Capability, Estimate, Exactness
 from pgen.conversion import Converted, exactness_of, inside
-from pgen.distributions.denoiser_conversions import reversed_by
-from pgen.distributions.denoising import Bounded, Flowing, Reversed
+from pgen.distributions.denoiser_conversions import Drawing, reversed_by
+from pgen.distributions.denoising import Bounded, Flowing
 from pgen.draws import Draws
+from pgen.errors import Refused, Unanswerable
 from pgen.history import History
 from pgen.isolation import validating
 from pgen.parameters import Parameters
@@ -31,6 +35,7 @@ from pgen.structure import Structure
 
 _NUMBERS = 1 << 20  # in the values that are weighed together
 _FEW = 4.0  # particles that count, at any level, below which users are warned
+_FEW_PARTICLES = 512  # for an evidence, where nobody says how many
 _RUNS = 4  # of the particles, for an evidence with an error
 
 
@@ -50,6 +55,7 @@ class Denoised:
         inference: how they are inferred.
         guidance: strength of classifier-free guidance of draws.
         chosen: sites whose conversions the user has chosen.
+        guided: the guide, where one was learned.
     """
 
     def __init__(
@@ -57,11 +63,12 @@ class Denoised:
         problem: Problem,
         structure: Structure,
         parameters: Parameters,
-        reversed: Reversed,
+        reversed: Drawing,
         weighed: Flowing | Bounded,
         inference: Inference,
         guidance: float,
         chosen: Collection[str],
+        guided: Guided | None = None,
     ) -> None:
         self.problem = problem
         self.structure = structure
@@ -71,6 +78,7 @@ class Denoised:
         self.inference = inference
         self.guidance = guidance
         self.chosen = chosen
+        self.guided = guided
         self.history = History()
 
     def tensors(self) -> Mapping[str, Tensor]:
@@ -94,8 +102,12 @@ class Denoised:
         """
         values: dict[str, Tensor] = {}
         with self.parameters.installed(), torch.no_grad():
-            if structure.evidenced:
-                found = infer(_bare(problem, structure), structure, n, self.inference)
+            guided = self._guide(structure) if structure.evidenced else None
+            if guided is not None:
+                values |= guided.draws(_bare(problem, structure), structure, n)
+            elif structure.evidenced:
+                bare, how = self._inferred(problem, structure)
+                found = infer(bare, structure, n, how)
                 _warn_of_few(found.effective)
                 values |= found.values
             left = [s for s in structure.latents if s not in values]
@@ -108,9 +120,11 @@ class Denoised:
         with self.parameters.installed(), torch.no_grad():
             parts = [self._direct(some, structure) for some in _slices(problem, structure)]
             total = Row.joined(parts)
-            if structure.evidenced:
+            if structure.evidenced and self.guided is not None and self.guided.serves(structure):
+                total = total.plus(self.guided.bound(_bare(problem, structure), structure))
+            elif structure.evidenced:
                 total = total.plus(self._marginal(problem, structure))
-        most = most_exact(isinstance(self.weighed, Flowing))
+        most = Exactness.LOWER_BOUND if self.guided else most_exact(isinstance(self.weighed, Flowing))
         return Estimate(
             total.value,
             Exactness.UNNORMALIZED if structure.factors else min(total.kind, most, key=lambda e: e.strength),
@@ -168,22 +182,67 @@ class Denoised:
             kind,
         )
 
+    def _guide(self, structure: Structure) -> Guided | None:
+        """The guide, if the posterior asked for is the guide's.
+
+        Raises:
+            Unanswerable: it should be, and there is none that draws these latents.
+        """
+        kind, guided = self.inference.kind, self.guided
+        able = guided is not None and guided.serves(structure)
+        if kind == "guide" and not able:
+            drawn = "none was learned" if guided is None else f"the one here draws {', '.join(guided.drawn)}"
+            raise Unanswerable(
+                f"posterior='guide': latents {', '.join(sorted(structure.evidenced))} of {structure.name} have no guide "
+                f"({drawn}); another kind infers them along noise levels: pgen.backend('score', posterior='tds')"
+            )
+        return guided if able and kind in ("auto", "guide") else None
+
     def _marginal(self, problem: Problem, structure: Structure) -> Row:
         """What depends on latents, integrated over them."""
         bare = _bare(problem, structure)
-        logs = self._evidences(bare, structure, self.inference.steps, _RUNS)
-        coarse = self._evidences(bare, structure, max(2, self.inference.steps // 2), _RUNS)
+        if self.inference.kind in ("auto", "exact"):
+            known = self._known(bare, structure)
+            if known is not None:
+                return known
+        steps = self.inference.levels or LEVELS
+        particles = self.inference.particles or _FEW_PARTICLES
+        how = replace(self.inference, kind="tds", moves=0, particles=particles, adapt=False)
+        logs, coarse = (
+            torch.stack([_evidence(bare, structure, replace(how, levels=n)) for _ in range(_RUNS)])
+            for n in (steps, max(2, steps // 2))
+        )
         (fine, fine_error), (rough, rough_error) = map(_pooled, (logs, coarse))
         # Particles follow the prior as their steps have it, off by an error of first order in the width of these.
         stderr = (4 * fine_error.square() + rough_error.square()).sqrt()
-        spent = 3 * _RUNS * self.inference.steps * self.inference.particles // 2
+        spent = 3 * _RUNS * steps * particles // 2
         return Row(2 * fine - rough, stderr, (fine - rough).abs(), spent)
 
-    def _evidences(self, problem: Problem, structure: Structure, steps: int, runs: int) -> Tensor:
-        """Log evidences of so many independent populations, `[runs, rows]`."""
-        how = replace(self.inference, kind="tds", moves=0, steps=steps)
-        found = [infer(problem, structure, 1, how).log_evidence for _ in range(runs)]
-        return torch.stack([log for log in found if log is not None])
+    def _known(self, problem: Problem, structure: Structure) -> Row | None:
+        """The same, without error, where the denoiser knows its posterior."""
+        try:
+            log = _evidence(problem, structure, replace(self.inference, kind="exact"))
+        except Refused:
+            if self.inference.kind == "exact":
+                raise
+            return None
+        return Row(log, torch.zeros_like(log), torch.zeros_like(log), 0)
+
+    def _inferred(self, problem: Problem, structure: Structure) -> tuple[Problem, Inference]:
+        """What latents are inferred in, and how: a condition counts as in draws."""
+        bare = _bare(problem, structure)
+        if self.guidance == 1.0:
+            return bare, self.inference
+
+        def adapted(fn: Any) -> Any:
+            return fn if getattr(fn, "context", None) is None else fn.guided(self.guidance)
+
+        able = [
+            s.name for s in structure if Capability.DENOISER in s.capabilities and s.name not in self.chosen
+        ]
+        guided = {s: partial(inside, change=adapted) for s in able}
+        # Guided scores are those of no law; moves along them would lead to another one than guided draws have.
+        return replace(bare, adapters={**bare.adapters, **guided}), replace(self.inference, moves=0)
 
     def _drawn(self, problem: Problem) -> Problem:
         """The problem, its denoisers drawn from as the options say."""
@@ -198,63 +257,6 @@ class Denoised:
         own = [s.name for s in self.structure if Capability.DENOISER in s.capabilities]
         adapters = {s: partial(inside, change=adapted) for s in own if s not in self.chosen}
         return replace(problem, adapters={**problem.adapters, **adapters})
-
-
-@dataclass(frozen=True)
-class Row:
-    """A part of the log probability of every row, `[rows]`, and its errors."""
-
-    value: Tensor
-    stderr: Tensor | None = None
-    solver_error: Tensor | None = None
-    evaluations: int | None = None
-    kind: Exactness = Exactness.ESTIMATE
-
-    @staticmethod
-    def none(structure: Structure, problem: Problem) -> Row:
-        """Nothing."""
-        rows = 1 if structure.tied else problem.rows or 1
-        return Row(torch.zeros(rows, device=problem.device), kind=Exactness.EXACT)
-
-    def plus(self, other: Row) -> Row:
-        """The sum; independent errors add up in squares, those of solvers as they are."""
-        errors = [e.square() for e in (self.stderr, other.stderr) if e is not None]
-        solvers = [e for e in (self.solver_error, other.solver_error) if e is not None]
-        spent = [e for e in (self.evaluations, other.evaluations) if e is not None]
-        return Row(
-            self.value + other.value,
-            sum(errors[1:], errors[0]).sqrt() if errors else None,
-            sum(solvers[1:], solvers[0]) if solvers else None,
-            sum(spent) if spent else None,
-            min(self.kind, other.kind, key=lambda e: e.strength),
-        )
-
-    @staticmethod
-    def joined(parts: Sequence[Row]) -> Row:
-        """One part of the rows after the other."""
-
-        def cat(values: list[Tensor | None]) -> Tensor | None:
-            there = [v for v in values if v is not None]
-            return torch.cat(there) if there else None
-
-        spent = [p.evaluations for p in parts if p.evaluations is not None]
-        return Row(
-            torch.cat([p.value for p in parts]),
-            cat([p.stderr for p in parts]),
-            cat([p.solver_error for p in parts]),
-            max(spent) if spent else None,
-            min((p.kind for p in parts), key=lambda e: e.strength),
-        )
-
-
-def by_row(structure: Structure, name: str, value: Tensor) -> Tensor:
-    """Values `[*batch]` of a site, summed over all but the rows of the data: `[rows]`, or `[1]` where these are tied."""
-    plates = structure.sites[name].plates
-    plate = next((structure.plates[p] for p in plates if p in structure.data_plates), None)
-    if structure.tied or plate is None:
-        return value.sum().reshape(1)
-    rows = value.movedim(value.dim() + plate.dim, 0)
-    return rows.reshape(len(rows), -1).sum(1)
 
 
 def _slices(problem: Problem, structure: Structure) -> Iterator[Problem]:
@@ -273,6 +275,12 @@ def _bare(problem: Problem, structure: Structure) -> Problem:
     return replace(problem, adapters={k: v for k, v in problem.adapters.items() if k not in able})
 
 
+def _evidence(problem: Problem, structure: Structure, how: Inference) -> Tensor:
+    """Log evidence of every row, `[rows]`."""
+    found: Any = infer(problem, structure, 1, how).log_evidence
+    return found
+
+
 def _pooled(logs: Tensor) -> tuple[Tensor, Tensor]:
     """Log of the mean of what these are the logs of, `[runs, rows]`, and its standard error."""
     mean = logs.logsumexp(0) - math.log(len(logs))
@@ -288,7 +296,7 @@ def _warn_of_few(effective: Tensor | None) -> None:
         warnings.warn(
             f"of the particles of row {rows}, no more than {float(effective.min()):.1f} counted at some noise level: these "
             "posteriors rest on a few ancestors and may be wrong; use more levels or particles: "
-            "pgen.backend('score', levels=400, particles=4096)",
+            "pgen.backend('score', levels=3200, particles=16384)",
             FewParticles,
             stacklevel=4,
         )

@@ -20,12 +20,14 @@ class Needs:
     Attributes:
         paths: conversions by site, to log probabilities of what is observed.
         matched: observed sites with a denoiser, trained by it.
-        inferred: latents with a denoiser that observed values bear upon.
+        inferred: latents that observed values bear upon.
+        joint: something is to be learned beside them, so that a guide draws them.
     """
 
     paths: Paths
     matched: tuple[str, ...]
     inferred: tuple[str, ...]
+    joint: bool = False
 
 
 def needs(structure: Structure, via: Mapping[str, str], weighed: str) -> Needs | Refusal:
@@ -42,50 +44,79 @@ def needs(structure: Structure, via: Mapping[str, str], weighed: str) -> Needs |
     able = [s.name for s in structure if Capability.DENOISER in s.capabilities]
     if not able:
         return Refusal(
-            None,
+            next(iter((*structure.observed, *structure.sites)), None),
             Capability.DENOISER.value,
             "no site of the program has a denoiser: pgen.distributions.Diffusion gives a site one",
         )
     matched = tuple(s for s in structure.observed if s in able)
     inferred = tuple(s for s in structure.latents if s in structure.evidenced)
+    joint = bool(inferred) and any(site.params for site in structure)
+    stops = _undrawable if joint else _undenoised
     for name in inferred:
-        site = structure.sites[name]
-        if name not in able:
-            why = (
-                f"data bear upon the latent {name!r} ({site.distribution}), and it can only be drawn or weighed: "
-                "latents are inferred here along noise levels, which takes a denoiser; observe it, or sum it out"
-            )
-            return Refusal(name, Capability.DENOISER.value, why)
-        if getattr(site.support, "is_discrete", False):
-            why = f"the latent {name!r} ({site.distribution}) takes whole numbers, which are not what is denoised, only seen through"
-            return Refusal(name, "real values", why)
-        if site.params:
-            why = (
-                f"the denoiser of the latent {name!r} is still to be learned ({site.params[0]}), and nothing here draws "
-                "what it should be learned from; fit it where it is observed first, and condition the program of that fit"
-            )
-            return Refusal(name, "observed values to learn from", why)
-        above = [p for p in site.parents if p in structure.latents]
-        if above:
-            why = f"the law of the latent {name!r} depends on the latent {above[0]!r}, so that they cannot be denoised side by side"
-            return Refusal(name, "a law that no other latent changes", why)
+        refusal = stops(structure, name)
+        if refusal is not None:
+            return refusal
     usual = dict.fromkeys(able, weighed)
-    paths = require(structure, (), (Capability.LOG_PROB,), {**usual, **via})
-    return paths if isinstance(paths, Refusal) else Needs(paths, matched, inferred)
+    latent = (Capability.LOG_PROB,) if joint else ()
+    paths = require(structure, latent, (Capability.LOG_PROB,), {**usual, **via})
+    return paths if isinstance(paths, Refusal) else Needs(paths, matched, inferred, joint)
 
 
-def offer(structure: Structure, found: Needs, *, flow: bool, scored: bool) -> Offer:
-    """What is answered, and how exactly."""
+def _undenoised(structure: Structure, name: str) -> Refusal | None:
+    """Why a latent cannot be inferred along noise levels, if it cannot."""
+    site = structure.sites[name]
+    if Capability.DENOISER not in site.capabilities:
+        why = (
+            f"data bear upon the latent {name!r} ({site.distribution}), and it can only be drawn or weighed: "
+            "latents are inferred here along noise levels, which takes a denoiser; observe it, or sum it out"
+        )
+        return Refusal(name, Capability.DENOISER.value, why)
+    if getattr(site.support, "is_discrete", False):
+        why = f"the latent {name!r} ({site.distribution}) takes whole numbers, which are not what is denoised, only seen through"
+        return Refusal(name, "real values", why)
+    above = [p for p in site.parents if p in structure.latents]
+    if above:
+        why = f"the law of the latent {name!r} depends on the latent {above[0]!r}, so that they cannot be denoised side by side"
+        return Refusal(name, "a law that no other latent changes", why)
+    return None
+
+
+def _undrawable(structure: Structure, name: str) -> Refusal | None:
+    """Why no guide whose draws have a path can be made for a latent, if none can."""
+    site = structure.sites[name]
+    if site.discrete:
+        why = (
+            f"something is to be learned beside the latent {name!r} ({site.distribution}), so that a guide draws it, and draws "
+            "of discrete latents have no path to follow; observe it, or sum it out in the program"
+        )
+        return Refusal(name, "a continuous support", why)
+    return None
+
+
+def offer(structure: Structure, found: Needs, *, flow: bool, scored: bool, by: str = "denoising") -> Offer:
+    """What is answered, and how exactly.
+
+    Args:
+        structure: of the program.
+        found: how the needs are met.
+        flow: whether densities are solved for, not bounded.
+        scored: whether the denoisers have scores.
+        by: what they are trained by.
+    """
     answers: dict[Query, Exactness] = {}
     drawn = drawing(structure, found.paths)
     if drawn is not None and not structure.factors:
         answers[Query.SAMPLE] = drawn[1]
     if scored:
         answers[Query.LOG_PROB] = Exactness.UNNORMALIZED if structure.factors else most_exact(flow)
+        if found.joint and not structure.factors:
+            answers[Query.LOG_PROB] = Exactness.LOWER_BOUND
     if scored and (structure.latents or len(structure.observed) > 1):
         answers[Query.POSTERIOR] = Exactness.ESTIMATE
     rank = Rank.IDEAL if found.matched or found.inferred else Rank.POSSIBLE
-    return Offer(answers, rank, _why(structure, found), names_of(drawn[0] if drawn else found.paths))
+    return Offer(
+        answers, rank, _why(structure, found, scored, by), names_of(drawn[0] if drawn else found.paths)
+    )
 
 
 def most_exact(flow: bool) -> Exactness:
@@ -93,13 +124,19 @@ def most_exact(flow: bool) -> Exactness:
     return Exactness.ESTIMATE if flow else Exactness.LOWER_BOUND
 
 
-def _why(structure: Structure, found: Needs) -> str:
+def _why(structure: Structure, found: Needs, scored: bool, by: str) -> str:
     parts = []
     if found.matched:
-        parts.append(f"{', '.join(found.matched)} trained by denoising")
+        parts.append(
+            f"{', '.join(found.matched)} trained by {'consistency' if by == 'consistency' else 'denoising'}"
+        )
     rest = [s for s in structure.observed if s not in found.matched]
     if rest:
         parts.append(f"{', '.join(rest)} by log probability")
-    if found.inferred:
+    if found.joint:
+        parts.append(f"{', '.join(found.inferred)} drawn by a guide that is learned beside them")
+    elif found.inferred:
         parts.append(f"{', '.join(found.inferred)} inferred along noise levels")
+    if not scored and found.matched:
+        parts.append("no score is learned, so there is no density and no posterior")
     return "; ".join(parts) or "draws follow the reverse equations; nothing is observed"

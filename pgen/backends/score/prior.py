@@ -18,6 +18,7 @@ from pyro import poutine
 from pyro.distributions.util import scale_and_mask, sum_rightmost
 from torch import Size, Tensor
 
+from pgen.algorithms.diffusion.posteriors import Conjugate
 from pgen.conversion import Converted
 from pgen.isolation import validating
 from pgen.problem import Problem
@@ -142,6 +143,16 @@ class Prior:
     def sigma_max(self) -> float:
         """The largest one."""
         return min(block.law.schedule.sigma_max for block in self.blocks)
+
+    @property
+    def conjugate(self) -> Conjugate | None:
+        """The denoiser, where it knows its posterior given linear-Gaussian observations and is all there is."""
+        law = self.blocks[0].law
+        alone = len(self.blocks) == 1 and self.size == math.prod(law.event_shape)
+        if not alone or getattr(law, "context", None) is not None:
+            return None
+        denoiser = getattr(law, "denoiser", None)
+        return denoiser if callable(getattr(denoiser, "linear_posterior", None)) else None
 
     def denoiser(self, flat: Tensor, sigma: Tensor) -> Tensor:
         """Denoise vectors `[rows * particles, size]` at levels `[rows * particles]`, row by row of the data."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -50,24 +50,17 @@ class Objective:
     slices: int = 0
     coupled: bool = False
     dropout: float = 0.0
+    metric: ClassVar[str] = "denoising"
+
+    def at(self, batch: Problem, step: Step) -> Objective:
+        """The loss for a batch at a step: the same for all."""
+        if self.coupled:
+            step.as_written("pairs data with noise, which torch does not see")
+        return self
 
     def __call__(self, name: str, law: Any, value: Tensor) -> Tensor:
         """Losses `[*lead]` of values `[*lead, *event_shape]` of a site, means over the scalars of an event."""
-        inside: Callable[[Tensor], Tensor] | None = getattr(law, "inside", None)
-        real = value if inside is None else inside(value)
-        if not real.is_floating_point():
-            real = real.to(law.like.dtype)
-        event = len(law.event_shape)
-        lead = Size(np.broadcast_shapes(real.shape[: real.dim() - event], law.batch_shape))
-        x = real.expand(lead + law.event_shape).reshape(-1, *law.event_shape)
-        context = getattr(law, "context", None)
-        if context is not None:
-            context = context.expand(*lead, context.shape[-1]).reshape(len(x), -1)
-            if self.dropout:
-                context = guidance.drop_condition(
-                    context, torch.rand_like(x.reshape(len(x), -1)[:, 0]), self.dropout
-                )
-            law = law.conditioned(context.reshape(*lead, -1))
+        law, lead, x, _ = laid_out(law, value, self.dropout)
         u = self.spread(torch.rand(len(x), dtype=x.dtype, device=x.device))
         ratio: Tensor | float = 1.0
         histogram = None if self.histograms is None else self.histograms[name]
@@ -76,10 +69,13 @@ class Objective:
         sigma = law.schedule.training(u).to(x)
         noise = torch.randn_like(x)
         if self.coupled:
-            noise = coupling.coupled(x, noise, context=context)
+            context = getattr(law, "context", None)
+            noise = coupling.coupled(
+                x, noise, context=None if context is None else context.reshape(len(x), -1)
+            )
         found = self._matched(over_rows(law, lead), law.schedule, x, sigma, noise)
         if histogram is not None:
-            _remember(histogram, u, found)
+            remember(histogram, u, found)
         if self.variance is not None:
             found = self.variance(found, sigma)
         return (found * ratio).reshape(lead)
@@ -94,8 +90,53 @@ class Objective:
         return weighting(sigma) * sigma**4 * found / max(1, x[0].numel())
 
 
+class SiteLoss(Protocol):
+    """What a site with a denoiser is trained by.
+
+    Attributes:
+        metric: what its losses are called in the history.
+    """
+
+    metric: ClassVar[str]
+
+    def at(self, batch: Problem, step: Step) -> Callable[[str, Any, Tensor], Tensor]:
+        """The loss for a batch at a step: from a site's name, law and values `[*lead, *event]` to losses `[*lead]`."""
+        ...
+
+
+def laid_out(law: Any, value: Tensor, dropout: float) -> tuple[Any, Size, Tensor, Tensor | None]:
+    """A law and its values as losses take them.
+
+    Args:
+        law: with a denoiser.
+        value: `[*lead, *event_shape]`; whole numbers, where the law sees real values through cells.
+        dropout: share of the rows that lose their condition.
+
+    Returns:
+        The law under the conditions that are left; the leading dimensions; real values `[rows, *event_shape]`; and
+        the numbers by whose size rows have lost their condition, `[*lead]`, None where none could.
+    """
+    inside: Callable[[Tensor], Tensor] | None = getattr(law, "inside", None)
+    real = value if inside is None else inside(value)
+    if not real.is_floating_point():
+        real = real.to(law.like.dtype)
+    event = len(law.event_shape)
+    lead = Size(np.broadcast_shapes(real.shape[: real.dim() - event], law.batch_shape))
+    x = real.expand(lead + law.event_shape).reshape(-1, *law.event_shape)
+    if getattr(law, "context", None) is None:
+        return law, lead, x, None
+    u = torch.rand(lead, dtype=x.dtype, device=x.device) if dropout else None
+    return conditioned(law, lead, u, dropout), lead, x, u
+
+
+def conditioned(law: Any, lead: Size, u: Tensor | None, dropout: float) -> Any:
+    """A law under its condition, one for each value, but where u `[*lead]` is below the share that loses theirs."""
+    context = law.context.expand(*lead, law.context.shape[-1])
+    return law.conditioned(context if u is None else guidance.drop_condition(context, u, dropout))
+
+
 @torch.no_grad()
-def _remember(histogram: Importance, u: Tensor, loss: Tensor) -> None:
+def remember(histogram: Importance, u: Tensor, loss: Tensor) -> None:
     """Take losses into a histogram, in place: its tensors are saved and undone like any other."""
     new = histogram.update(u, loss)
     histogram.square.copy_(new.square)
@@ -103,7 +144,7 @@ def _remember(histogram: Importance, u: Tensor, loss: Tensor) -> None:
 
 
 def loss_of(
-    objective: Objective, matched: Collection[str], weighed: Collection[str], rows: int
+    objective: SiteLoss, matched: Collection[str], weighed: Collection[str], rows: int
 ) -> Callable[[Problem, Step], tuple[Tensor, dict[str, float | Tensor]]]:
     """The loss of a program, per row.
 
@@ -115,16 +156,15 @@ def loss_of(
     """
 
     def loss(batch: Problem, step: Step) -> tuple[Tensor, dict[str, float | Tensor]]:
-        if objective.coupled:
-            step.as_written("pairs data with noise, which torch does not see")
+        site_loss = objective.at(batch, step)
         trace: Any = poutine.trace(batch).get_trace()
         metrics: dict[str, float | Tensor] = {}
         total: Tensor | float = 0.0
         for name in matched:
             node = trace.nodes[name]
-            each = objective(name, denoising_law(node["fn"]), node["value"])
+            each = site_loss(name, denoising_law(node["fn"]), node["value"])
             each = scale_and_mask(counted(node["fn"], each), node["scale"], node["mask"])
-            metrics[f"{name}.denoising"] = each.detach().mean()
+            metrics[f"{name}.{objective.metric}"] = each.detach().mean()
             total = total + each.sum()
         trace.compute_log_prob(lambda name, _: name in weighed)
         for name in weighed:

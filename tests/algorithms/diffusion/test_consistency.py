@@ -9,6 +9,7 @@ from pgen.algorithms.diffusion.consistency import (
     Curriculum,
     consistency_distillation,
     consistency_training,
+    end_of_path,
     heun,
     pseudo_huber,
 )
@@ -131,7 +132,7 @@ def test_levels_are_neighbours_with_log_normal_frequencies():
     curriculum, n = Curriculum(1, first=12, last=12), 20_000
     grid = curriculum.grid(0)
     lower, upper = curriculum.levels(0, torch.rand(n, dtype=F64))
-    place = torch.searchsorted(grid, lower)
+    place = torch.searchsorted(grid, lower * (1 - 1e-12))
     torch.testing.assert_close(grid[place + 1], upper)
     below = torch.special.ndtr((grid.log() + 1.1) / 2.0)
     assert_frequencies(place, below.diff() / below.diff().sum())
@@ -153,3 +154,23 @@ def test_impossible_curricula_are_refused():
         Curriculum(100, first=20, last=10)
     with pytest.raises(ValueError, match="sigma_min < sigma_max"):
         Curriculum(100, sigma_min=2.0, sigma_max=1.0)
+
+
+def test_any_network_is_the_identity_at_the_least_level_through_a_step_of_euler():
+    network, x = gaussian, torch.randn(5, 3, dtype=F64)
+    model = end_of_path(network, LOW)
+    least, sigma = torch.full((5,), LOW, dtype=F64), torch.rand(5, dtype=F64) + 0.1
+    assert torch.equal(model(x, least), x)
+    step = x + (LOW - sigma)[:, None] * (x - network(x, sigma)) / sigma[:, None]
+    torch.testing.assert_close(model(x, sigma), step)
+    assert (model(x, sigma) - network(x, sigma)).abs().max() > 1e-3
+
+
+def test_the_step_may_be_a_tensor():
+    curriculum, u = Curriculum(100, first=5, last=40, sigma_min=LOW), torch.rand(200, dtype=F64)
+    for step in (0, 30, 99):
+        for found, expected in zip(
+            curriculum.levels(torch.tensor(float(step)), u), curriculum.levels(step, u), strict=True
+        ):
+            assert torch.equal(found, expected)
+        assert len(curriculum.grid(step)) == curriculum.intervals(step) + 1

@@ -188,6 +188,18 @@ def test_radon_keeps_mass_and_follows_a_point():
     assert torch.allclose(centre, 6 * radon.angles.cos() + 3 * radon.angles.sin(), atol=0.02)
 
 
+def test_a_large_radon_matrix_stays_sparse_and_says_the_same(monkeypatch):
+    x = torch.randn(3, 6, 5, **double)
+    small = Radon(7, (6, 5))
+    expected, back = small(x), small.adjoint(small(x))
+    torch.testing.assert_close(torch.vmap(small)(x), expected)
+    monkeypatch.setattr("pgen.algorithms.diffusion.operators.radon._SMALL", 0)
+    large = Radon(7, (6, 5))
+    torch.testing.assert_close(large(x), expected)
+    torch.testing.assert_close(large.adjoint(expected), back)
+    assert adjoint_error(large, (2, 6, 5)) < 1e-14
+
+
 def test_errors_name_what_was_expected():
     with pytest.raises(ValueError, match="multiples of the factor"):
         Downsample(2)(torch.ones(3, 4))

@@ -18,7 +18,6 @@ from pgen.algorithms.diffusion.posteriors import (
     SplitGibbs,
     repaint_grid,
     sdedit,
-    translate,
 )
 from pgen.algorithms.diffusion.posteriors.replacement import repaint
 from pgen.algorithms.diffusion.posteriors.split_gibbs import gaussian_step, langevin_step
@@ -237,19 +236,6 @@ def test_sdedit_with_much_noise_draws_from_the_prior_and_with_little_keeps_the_g
     assert float((near - guide).abs().max()) < 0.2
     with pytest.raises(ValueError, match="no noise level"):
         sdedit(guide, grid, Field(prior, Streams(seed, 3000)), Heun(), sigma=0.001)
-
-
-def test_translation_maps_one_gaussian_to_the_other():
-    source = Mixture(torch.tensor([[1.0, 0.0]], **double), scale=0.5)
-    target = Mixture(torch.tensor([[-2.0, 3.0]], **double), scale=2.0)
-    x = source.sample(5, generator=torch.Generator().manual_seed(0))
-    grid = levels(500, 0.005, 200)
-    there = translate(x, grid, Field(source), Field(target), Heun())
-    assert torch.allclose(there, target.means + (x - source.means) * 4, atol=0.05)
-    back = translate(there, grid, Field(target), Field(source), Heun())
-    assert torch.allclose(back, x, atol=0.02)
-    wrong = translate(x, grid, Field(source), Field(source), Heun())
-    assert torch.allclose(wrong, x, atol=0.02)
 
 
 def test_a_linear_gaussian_posterior_of_a_round_prior_by_distribution(seed):

@@ -18,8 +18,8 @@ class Radon(LinearOperator):
 
         (column, row) = centre + u (cos theta, sin theta) + v (-sin theta, cos theta)
 
-    and the image is read at unit steps of v. Outside the image it is zero. Kept as a sparse matrix of about 4 H numbers
-    a ray, so that the adjoint (back-projection) is exact.
+    and the image is read at unit steps of v. Outside the image it is zero. Kept as a matrix, of about 4 H numbers a ray
+    that are not zero (sparse, where it is large), so that the adjoint (back-projection) is exact.
 
     Args:
         angles: in radians: a tensor, or a number of them, to be spread evenly over [0, pi).
@@ -66,13 +66,13 @@ class Radon(LinearOperator):
     def __call__(self, x: Tensor) -> Tensor:
         """The sinogram."""
         matrix, _ = self._as(x)
-        found = torch.sparse.mm(matrix, x.reshape(-1, matrix.shape[1]).mT).mT
+        found = _times(matrix, x.reshape(-1, matrix.shape[1]))
         return found.reshape((*x.shape[:-2], len(self.angles), self.detectors))
 
     def adjoint(self, y: Tensor) -> Tensor:
         """Back-projection."""
         _, transposed = self._as(y)
-        found = torch.sparse.mm(transposed, y.reshape(-1, transposed.shape[1]).mT).mT
+        found = _times(transposed, y.reshape(-1, transposed.shape[1]))
         return found.reshape(y.shape[:-2] + self.size)
 
     def _as(self, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,5 +80,16 @@ class Radon(LinearOperator):
         kind = (like.device, like.dtype)
         if kind not in self._matrices:
             matrix = self._matrix.to(device=like.device, dtype=like.dtype)
-            self._matrices[kind] = matrix, matrix.t().coalesce()
+            small = matrix.shape.numel() <= _SMALL
+            both = (matrix.to_dense(), matrix.t().to_dense()) if small else (matrix, matrix.t().coalesce())
+            self._matrices[kind] = both
         return self._matrices[kind]
+
+
+_SMALL = 1 << 22
+"""Numbers in a matrix that is kept in full: faster, and `torch.vmap` knows how to multiply it."""
+
+
+def _times(matrix: Tensor, rows: Tensor) -> Tensor:
+    """A matrix, sparse or not, times each row."""
+    return torch.sparse.mm(matrix, rows.mT).mT if matrix.is_sparse else rows @ matrix.mT

@@ -1,16 +1,16 @@
 r"""Posteriors under a diffusion prior: what was seen, and algorithms that draw x_0 given it.
 
 conditional denoisers    E[x_0 | x_sigma, y], to be integrated by any solver or to twist particles:
-DPS, LGD (any likelihood); PiGDM, MMPS (linear Gaussian); condition (mixtures, exact)
+DPS, LGD (any likelihood); PiGDM, MMPS (linear Gaussian); condition, Conjugate (mixtures, exact)
 solvers                  with an observation inside: DDRM, DPSStep, Replacement (and the grid of RePaint)
 samplers                 Twisted (sequential Monte Carlo, asymptotically exact), SplitGibbs, LineMALA (Metropolis)
-editing                  sdedit, translate
+editing                  sdedit
 """
 
-from pgen.algorithms.diffusion.posteriors.conjugate import condition
+from pgen.algorithms.diffusion.posteriors.conjugate import Conjugate, condition
 from pgen.algorithms.diffusion.posteriors.ddrm import DDRM
 from pgen.algorithms.diffusion.posteriors.dps import DPS, DPSStep, width_of
-from pgen.algorithms.diffusion.posteriors.editing import sdedit, translate
+from pgen.algorithms.diffusion.posteriors.editing import sdedit
 from pgen.algorithms.diffusion.posteriors.guide import Guide, LogLikelihood, Look
 from pgen.algorithms.diffusion.posteriors.lgd import LGD
 from pgen.algorithms.diffusion.posteriors.metropolis import Conditioned, LineMALA, Moves, log_ratio, refine
@@ -28,6 +28,7 @@ __all__ = [
     "LGD",
     "MMPS",
     "Conditioned",
+    "Conjugate",
     "DPSStep",
     "Guide",
     "LineMALA",
@@ -48,6 +49,5 @@ __all__ = [
     "repaint_grid",
     "sdedit",
     "systematic",
-    "translate",
     "width_of",
 ]

@@ -1,12 +1,33 @@
-"""Exact conditioning inside the denoiser, where the prior is a Gaussian mixture."""
+"""Exact conditioning inside the denoiser, where the prior is a Gaussian mixture, or offers it itself."""
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
+from torch import Tensor
 
 from pgen.algorithms.diffusion.mixture import Mixture
 from pgen.algorithms.diffusion.operators.base import as_matrix
 from pgen.algorithms.diffusion.posteriors.observation import LinearGaussian
+
+
+class Conjugate(Protocol):
+    """A denoiser that knows its law given linear-Gaussian observations exactly: all it takes is this method."""
+
+    def linear_posterior(self, operator: Tensor, y: Tensor, n: int, *, sigma: float) -> tuple[Tensor, Tensor]:
+        """Draws of x = x_0 + sigma eps given y = A x + N(0, I), and the log evidence; see `Mixture.linear_posterior`.
+
+        Args:
+            operator: A, `[m, D]`, D the number of scalars of an event.
+            y: `[rows, m]`.
+            n: draws for each row; may be 0.
+            sigma: noise level of x.
+
+        Returns:
+            Draws `[rows, n, *event]`, and log p(y) in nats, `[rows]`.
+        """
+        ...
 
 
 def condition(prior: Mixture, observation: LinearGaussian) -> Mixture:

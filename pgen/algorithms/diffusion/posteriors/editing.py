@@ -1,4 +1,4 @@
-"""Editing without a likelihood: start from a guide image instead of noise; go up with one model and down with another."""
+"""Editing without a likelihood: start from a guide image instead of noise."""
 
 from __future__ import annotations
 
@@ -33,20 +33,3 @@ def sdedit(guide: Tensor, grid: Tensor, prior: Field, solver: Solver, *, sigma: 
     return solve(
         guide + sigma * prior.noise(guide), torch.cat([below.new_tensor([sigma]), below]), prior, solver
     )
-
-
-def translate(x: Tensor, grid: Tensor, source: Field, target: Field, solver: Solver) -> Tensor:
-    """A value of one model as one of another that shares its noise: encoded by the source's ODE, decoded by the target's.
-
-    Args:
-        x: `[B, *event]`, of the source.
-        grid: noise levels, decreasing. Encoding begins at the least positive one.
-        source: where x is from.
-        target: where it is to go.
-        solver: a deterministic one.
-
-    References:
-        Su, Song, Meng & Ermon, Dual Diffusion Implicit Bridges for Image-to-Image Translation, ICLR 2023.
-    """
-    levels = require_grid(grid)
-    return solve(solve(x, levels[levels > 0].flip(0), source, solver), levels, target, solver)

@@ -83,7 +83,9 @@ class Twisted:
                 "threshold in [0, 1]"
             )
 
-    def sample(self, guide: Guide, field: Field, grid: Tensor, like: Tensor) -> Particles:
+    def sample(
+        self, guide: Guide, field: Field, grid: Tensor, like: Tensor, *, start: Tensor | None = None
+    ) -> Particles:
         """From noise to weighted particles.
 
         Args:
@@ -91,6 +93,7 @@ class Twisted:
             field: whose random numbers are taken.
             grid: noise levels, decreasing; the last is where the likelihood is had. A 0 at the end is left out.
             like: of the shape of all particles, `[B, *event]`.
+            start: draws of the prior with noise of level grid[0], of that shape; None: noise alone.
 
         Raises:
             ValueError: the rows are not a multiple of the particles, or the grid is none.
@@ -105,13 +108,11 @@ class Twisted:
                 f"got {len(like)} rows and {self.particles} particles; expected a multiple: observations x particles"
             )
         with torch.no_grad():
-            return self._sample(guide, field, levels, like, groups)
+            x = levels[0] * field.noise(like) if start is None else start
+            return self._sample(guide, field, levels, x, groups)
 
-    def _sample(
-        self, guide: Guide, field: Field, levels: list[float], like: Tensor, groups: int
-    ) -> Particles:
+    def _sample(self, guide: Guide, field: Field, levels: list[float], x: Tensor, groups: int) -> Particles:
         shape = (groups, self.particles)
-        x = levels[0] * field.noise(like)
         look = guide.look(x, x.new_full((len(x),), levels[0]))
         log_weight = look.log_twist.double().reshape(shape)
         log_evidence = torch.zeros(groups, dtype=torch.float64, device=x.device)
