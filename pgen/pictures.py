@@ -31,7 +31,8 @@ def image_grid(
     """Draw images side by side and write them to a PNG file.
 
     Args:
-        images: shape `[n, H, W]`, or `[n, H * W]` with `shape`; black is the greatest value.
+        images: shape `[n, H, W]`, or `[n, H * W]` with `shape`; black is the greatest value. In colours, from 0 to 1:
+            `[n, 3, H, W]`.
         path: where to write.
         shape: height and width; None for square ones, or for images that have a shape.
         columns: images in a row of the grid.
@@ -71,12 +72,17 @@ def compare_images(
         raise DataError(
             "compare_images: nothing to draw; give images by title, e.g. {'data': x, 'vae': draws}"
         )
-    figure = _empty_figure(width=0.5 * columns + 1.6, height=0.55 * len(rows))
+    width = 0.5 * columns + 1.6
+    figure = _empty_figure(width=width, height=0.55 * len(rows))
     panels = figure.subplots(len(rows), 1, squeeze=False)[:, 0]
-    for axes, (title, images) in zip(panels, rows.items(), strict=True):
+    for axes, images in zip(panels, rows.values(), strict=True):
         _show(axes, _tiled(_as_images(images[:columns], shape), columns))
-        axes.set_title(title, loc="left", x=-0.18, y=0.3, fontsize=8)
-    figure.subplots_adjust(left=0.16, right=0.99, top=0.98, bottom=0.02, hspace=0.12)
+    figure.subplots_adjust(left=1.4 / width, right=0.99, top=0.98, bottom=0.02, hspace=0.12)
+    for axes, title in zip(
+        panels, rows, strict=True
+    ):  # in the margin, which is 1.4 inches whatever the columns
+        place = axes.get_position()
+        figure.text(0.1 / width, (place.y0 + place.y1) / 2, title, va="center", fontsize=8)
     return _write(figure, path)
 
 
@@ -354,31 +360,30 @@ def _write(figure: Any, path: str | Path) -> Path:
 
 
 def _as_images(images: Tensor, shape: tuple[int, int] | None) -> Tensor:
-    """Images `[n, H, W]` of floating-point numbers."""
+    """Images `[n, H, W]` of floating-point numbers, or `[n, H, W, 3]` of colours."""
     pixels = torch.as_tensor(images).detach().cpu().float()
     if pixels.ndim == 2:
         side = math.isqrt(pixels.shape[1])
         height, width = shape or (side, side)
         if height * width == pixels.shape[1]:
             return pixels.reshape(-1, height, width)
+    if pixels.ndim == 4 and pixels.shape[1] == 3 and len(pixels):
+        return pixels.movedim(1, -1).clamp(0.0, 1.0)
     if pixels.ndim != 3 or not len(pixels):
         raise DataError(
-            f"expected images [n, H, W], or [n, H * W] with shape=(H, W); got {tuple(images.shape)} and "
-            f"{shape}"
+            f"expected images [n, H, W], in colours [n, 3, H, W], or [n, H * W] with shape=(H, W); got {tuple(images.shape)} "
+            f"and {shape}"
         )
     return pixels
 
 
 def _tiled(images: Tensor, columns: int) -> Tensor:
     """One picture of images in rows, a light line between them."""
-    count, height, width = images.shape
+    count, height, width, *colours = images.shape
     lines = math.ceil(count / columns)
-    low, high = float(images.min()), float(images.max())
-    board = torch.full((lines * columns, height + 1, width + 1), low + 0.15 * (high - low))
+    low, high = (1.0, 0.0) if colours else (float(images.min()), float(images.max()))  # white, black
+    board = torch.full((lines * columns, height + 1, width + 1, *colours), low + 0.15 * (high - low))
     board[count:] = low
     board[:count, :height, :width] = images
-    return (
-        board.view(lines, columns, height + 1, width + 1)
-        .permute(0, 2, 1, 3)
-        .reshape(lines * (height + 1), -1)
-    )
+    laid = board.view(lines, columns, height + 1, width + 1, *colours).transpose(1, 2)
+    return laid.reshape(lines * (height + 1), columns * (width + 1), *colours)

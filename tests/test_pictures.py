@@ -27,6 +27,15 @@ def test_tiles_keep_their_pixels():
     assert torch.equal(board[3:5, :2], images[2])
 
 
+def test_colours_are_kept_and_what_is_empty_is_white(tmp_path):
+    images = torch.rand(3, 3, 4, 5)
+    board = pictures._tiled(pictures._as_images(images, None), columns=2)
+    assert board.shape == (10, 12, 3)
+    assert torch.equal(board[:4, 6:11], images[1].movedim(0, -1))
+    assert float(board[5:, 6:].min()) == 1.0
+    assert pictures.image_grid(images * 3 - 1, tmp_path / "a.png").read_bytes().startswith(PNG)
+
+
 def test_compare_images_loss_curve_and_scatter(tmp_path):
     rows = {"data": torch.rand(16, 64), "a fit": torch.rand(4, 64)}
     assert pictures.compare_images(rows, tmp_path / "a.png").read_bytes().startswith(PNG)

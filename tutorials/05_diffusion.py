@@ -135,8 +135,7 @@ found = plane.posterior({"upper": torch.tensor([[0.5]])}, n=4000, seed=0)["x"][:
 posterior = truth.posterior(torch.tensor([[1.0, 0.0]]), torch.tensor([0.5]), torch.tensor([[0.25]]))
 mean = posterior.log_weights.exp() @ posterior.means
 print(f"posterior mean ({found[0]:.2f}, {found[1]:.2f}), exact ({mean[0]:.2f}, {mean[1]:.2f})")
-program.load_state_dict(fitted.parameters, strict=False)
-prior = program.requires_grad_(False).law().base  # over real values: levels are cells of [-1, 1]
+prior = fitted.law("x").base  # over real values: levels are cells of [-1, 1]
 images, average = ((x + 0.5) * 2 / 17 - 1 for x in (data.test["x"][:16], data.train["x"].float().mean(0)))
 quick = pgen.fit(half_seen, None, Score(posterior="pigdm"), kwargs={"law": prior, "half": 32, "noise": 0.1})
 guess = quick.posterior({"upper": images[:, :32]}, n=16, seed=0)["x"]

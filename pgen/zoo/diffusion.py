@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from pgen.distributions import EDM, Diffusion, Quantized, Schedule
 from pgen.nn import DenoiserMLP, Preconditioned, UNet
 
+_LEAST = 1 / 12
+"""Least noise level, of a cell's width: below, there is nothing to learn but the edges of cells, which networks get wrong."""
+
 
 class DenoisingDiffusion(nn.Module):
     r"""Data as what is left when noise is removed, by a network that is told how much there is.
@@ -26,7 +29,7 @@ class DenoisingDiffusion(nn.Module):
         width: of the network: channels of a convolutional one, hidden units of a perceptron.
         blocks: of the perceptron.
         sigma_data: standard deviation of the data (over $[-1, 1]$, where there are levels).
-        schedule: noise levels.
+        schedule: noise levels; None: `EDM`, whose least one is then a twelfth of a cell's width, where there are levels.
         dropout: share of hidden channels left out at random while training a convolutional network.
 
     Example:
@@ -48,7 +51,9 @@ class DenoisingDiffusion(nn.Module):
     ) -> None:
         super().__init__()
         self.features, self.levels = features, levels
-        self.schedule = EDM() if schedule is None else schedule
+        if schedule is None:
+            schedule = EDM() if levels is None else EDM(sigma_min=_LEAST * 2.0 / levels)
+        self.schedule = schedule
         network: nn.Module
         if image is None:
             network = DenoiserMLP(features, hidden=(width or 256,) * blocks)

@@ -104,6 +104,19 @@ def test_a_pickle_in_an_npz_is_not_opened(tmp_path):
         datasets.debd("nltcs")(tmp_path)
 
 
+def test_colour_photographs_are_read_from_a_folder(tmp_path):
+    rng = np.random.default_rng(0)
+    train, test = (rng.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8) for n in (20, 3))
+    with pytest.raises(DataError, match="no file"):
+        datasets.cifar10_subset(tmp_path)
+    np.savez(tmp_path / "cifar10_jpeg_subset.npz", train_images=train, test_images=test)
+    data = datasets.cifar10_subset(tmp_path)
+    assert [len(s["x"]) for s in (data.train, data.valid, data.test)] == [18, 2, 3]
+    assert torch.equal(data.test["x"].reshape(3, 3, 32, 32)[1, 2], torch.from_numpy(test[1, :, :, 2]).long())
+    assert torch.equal(data.valid["x"][1], torch.from_numpy(train[10]).permute(2, 0, 1).flatten().long())
+    assert (data.levels, data.features, data.image) == (256, 3072, (32, 32))
+
+
 @pytest.mark.parametrize("name", ["debd-nltcs", "debd-dna", "mnist-binary", "fashion-mnist"])
 def test_real_files(name):
     folder = shared()
