@@ -46,10 +46,13 @@ def rows():
 
 def test_a_diffusion_is_conditioned_on_counts(tmp_path):
     """x ~ N(0, I) as learned; given the count 7 of rate exp(x1 + x2), the posterior of the sum by quadrature."""
-    code = next(block for block in blocks("python") if "Diffusion(" in block)
+    code = "\n".join(block for block in blocks("python") if "Diffusion(" in block or "teacher=" in block)
     (tmp_path / "diffusion.py").write_text("import torch, pyro, pyro.distributions as dist, pgen\n" + code)
     torch.manual_seed(0)
-    fitted = runpy.run_path(str(tmp_path / "diffusion.py"))["fitted"]
+    names = runpy.run_path(str(tmp_path / "diffusion.py"))
+    fitted, student = names["fitted"], names["student"].sample(4000, seed=0)["x"]
+    assert float(student.mean(0).abs().max()) < 0.2  # likewise
+    assert float((student.std(0) - 1).abs().max()) < 0.2
     drawn = fitted.posterior({"y": torch.tensor([7.0])}, n=1000, seed=0)["x"].sum(-1)
     s = torch.linspace(-6, 6, 4001)
     weight = (-s.square() / 4 + 7 * s - s.exp()).softmax(0)
@@ -57,6 +60,18 @@ def test_a_diffusion_is_conditioned_on_counts(tmp_path):
     std = ((weight * s**2).sum() - mean**2).sqrt()
     assert abs(float(drawn.mean() - mean)) < 0.5 * float(std)  # of a prior learned from 1,000 draws
     assert abs(float(drawn.std() / std) - 1) < 0.3
+
+
+def test_an_inverse_problem_is_answered_better_than_by_the_mean_image(tmp_path):
+    pytest.importorskip("sklearn", reason="the digits come with scikit-learn: pip install 'pgen-ppl[data]'")
+    code = next(block for block in blocks("python") if "Measured(" in block)
+    (tmp_path / "inverse.py").write_text("import torch, pgen\n" + code)
+    torch.manual_seed(0)
+    names = runpy.run_path(str(tmp_path / "inverse.py"))
+    truth, average = names["images"][:4], names["images"].mean(0)
+    off = (names["picture"] - truth).square().mean().sqrt()
+    assert float(off) < 0.7 * float((average - truth).square().mean().sqrt())
+    assert names["doubt"].shape == (4, 64)
 
 
 def test_the_swap_is_ten_lines_and_runs(tmp_path):
