@@ -307,10 +307,18 @@ def _check_value(name: str, fn: Any, value: Tensor) -> None:
         gone = value.isnan().flatten(-event)
         partly = (gone.any(-1) & ~gone.all(-1)).nonzero()
         if len(partly):
+            law, seen = _base(fn), ""
+            while isinstance(law, Converted):
+                law = _base(law.base)
+            if Capability.DENOISER in capabilities_of(law):
+                seen = (
+                    f"; or leave {name!r} latent and say what was seen of it, pyro.sample('seen', dist.Normal("
+                    f"{name}[..., there], 0.05).to_event(1)), which a posterior then fills in"
+                )
             raise DataError(
                 f"site {name!r}: {len(partly)} of its observed events are missing in part (NaN), the first at index "
-                f"{tuple(partly[0].tolist())}; the elements of {type(_base(fn)).__name__} depend on each other, so that only all "
-                "of an event can be missing: make it NaN altogether, or leave these rows out"
+                f"{tuple(partly[0].tolist())}; the elements of {type(law).__name__} depend on each other, so that only all "
+                f"of an event can be missing: make it NaN altogether, or leave these rows out{seen}"
             )
     if vars(_base(fn)).get("_validate_args") is False:  # the program says that it knows better
         return

@@ -10,7 +10,7 @@ import torch
 import pgen
 from pgen.backends.score import Score
 from pgen.distributions import VE, VP, Diffusion, MixtureDenoiser
-from pgen.errors import Refused
+from pgen.errors import DataError, Refused
 
 MIXTURE = MixtureDenoiser(torch.tensor([[-2.0, 0.0], [2.0, 0.0], [0.0, 2.0]]), scale=0.5)
 NORMAL = MixtureDenoiser(torch.tensor([[1.0, -1.0]]), scale=1.0)
@@ -335,3 +335,23 @@ def test_a_latent_diffusion_is_a_prior_for_the_other_backends_too():
     for row in range(3):
         law = NORMAL.posterior(ONES, y[row : row + 1], torch.tensor([[0.25]]))
         assert float((drawn[:, row].mean(0) - law.means[0]).abs().max()) < 0.2
+
+
+def test_a_value_seen_in_part_is_a_statement_of_its_own():
+    """A value with NaN in it is refused, and what the error says to write instead fills it in, exactly here."""
+
+    def alone(n):
+        with pyro.plate("data", n):
+            pyro.sample("x", Diffusion(MIXTURE, SCHEDULE, (2,)))
+
+    with pytest.raises(DataError, match=r"the elements of Diffusion depend.*pyro.sample\('seen'"):
+        pgen.fit(alone, None, "score").log_prob({"x": torch.tensor([[0.5, math.nan]])})
+
+    def program(n):
+        with pyro.plate("data", n):
+            x = pyro.sample("x", Diffusion(MIXTURE, SCHEDULE, (2,)))
+            pyro.sample("seen", dist.Normal(x[..., :1], 0.05).to_event(1))
+
+    drawn = pgen.fit(program, None, "score").posterior({"seen": torch.tensor([[0.5]])}, n=4000, seed=0)["x"]
+    way, spread = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0025]])
+    near(drawn[:, 0], MIXTURE.posterior(way, torch.tensor([0.5]), spread).sample(20_000), within=0.15)
