@@ -108,6 +108,13 @@ def test_weights_other_than_the_bounds_reach_the_denoiser_only(data):
     assert any(name.startswith("guide") for name in found[1.0])
 
 
+@pytest.mark.parametrize("option", [{"condition_dropout": 0.5}, {"times": "importance"}, {"loss": "sliced"}])
+def test_what_the_bound_cannot_follow_is_a_loss_of_the_denoisers_own(data, option):
+    fitted = fit(data, steps=3, **option)
+    assert "z.denoising" in fitted.history.metrics
+    assert "z.denoising" not in fit(data, steps=3).history.metrics
+
+
 def keeper(kept):
     """An optimiser that moves nothing and keeps the gradients."""
 

@@ -225,7 +225,12 @@ class Score:
         apart = loss_of(objective, plan.matched, plan.weighed, rows)
         if proposal is None:
             return apart
-        own_weights = self.weighting not in ("auto", "likelihood") or self.loss == "sliced"
+        own_weights = (  # or anything else that the bound alone could not follow
+            self.weighting not in ("auto", "likelihood")
+            or self.loss == "sliced"
+            or self.condition_dropout > 0
+            or self.times != "low-discrepancy"
+        )
         return joint.loss_of(
             objective if own_weights else None,
             proposal,
