@@ -58,7 +58,8 @@ class Score:
             `loss="consistency"` learns, starting from its tensors; None: the paths of the data. It is not saved.
         weighting: w: `"uniform"` (in the predicted noise), `"edm"`, `"flow"` (in the velocity: flow matching), `"v"`,
             `"min-snr"`, `"soft-min-snr"`, `"likelihood"`; `"learned"`: such that every noise level counts the same, by a
-            learned variance; `"auto"`: `"flow"` for `RectifiedFlow`, else `"edm"`, and `"likelihood"` for latents.
+            learned variance; `"auto"`: `"flow"` for `RectifiedFlow`, else `"edm"`; for latents the bound
+            itself, where no other option (`loss`, `times`, `condition_dropout`) asks for a loss of their own.
             Or a callable from noise levels to weights.
         times: how noise levels are spread over the rows of a batch: `"low-discrepancy"`, `"antithetic"`, `"uniform"`,
             or `"importance"`: drawn where losses are large.

@@ -221,3 +221,18 @@ def test_errors_name_what_was_expected():
         Dense(torch.ones(2, 3), (2, 2))
     with pytest.raises(ValueError, match="expected some of both"):
         Radon(torch.zeros(2, 2), (3, 3))
+
+
+@pytest.mark.parametrize("shape", [(10, 10), (16, 4), (4, 16)])
+def test_images_of_another_size_are_refused(shape):
+    made = (
+        Mask(torch.ones(8, 8, dtype=torch.bool)),
+        FourierUndersample(torch.ones(8, 8, dtype=torch.bool)),
+        Radon(4, (8, 8)),
+    )
+    for operator in made:
+        assert operator(torch.ones(3, 8, 8)).shape[0] == 3
+        with pytest.raises(
+            ValueError, match=rf"{type(operator).__name__}: got values .*expected \[..., 8, 8\]"
+        ):
+            operator(torch.ones(3, *shape))

@@ -189,3 +189,15 @@ def _least_squares(operator: LinearOperator, y: Tensor, iterations: int) -> Tens
         power, before = slope.square().sum(), power
         direction = slope + power / before * direction
     return x
+
+
+def require_shape(operator: object, x: Tensor, shape: tuple[int, ...]) -> None:
+    """Refuse values whose last dimensions are not those that an operator was made for.
+
+    Raises:
+        ValueError: they are others.
+    """
+    if tuple(x.shape[-len(shape) :]) != tuple(shape):
+        raise ValueError(
+            f"{type(operator).__name__}: got values {tuple(x.shape)}, expected [..., {', '.join(map(str, shape))}]"
+        )

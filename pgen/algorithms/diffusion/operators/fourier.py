@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pgen.algorithms.diffusion.operators.base import LinearOperator, Spectrum
+from pgen.algorithms.diffusion.operators.base import LinearOperator, Spectrum, require_shape
 
 
 class Blur(LinearOperator):
@@ -93,6 +93,7 @@ class FourierUndersample(LinearOperator):
 
     def __call__(self, x: Tensor) -> Tensor:
         """Real and imaginary parts, `[..., n, 2]`."""
+        require_shape(self, x, self.mask.shape)
         found = torch.fft.fftn(x, dim=self.dims, norm="ortho").flatten(-self.mask.dim())
         return torch.view_as_real(found[..., self.index.to(x.device)])
 

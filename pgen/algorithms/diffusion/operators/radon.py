@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pgen.algorithms.diffusion.operators.base import LinearOperator
+from pgen.algorithms.diffusion.operators.base import LinearOperator, require_shape
 
 
 class Radon(LinearOperator):
@@ -65,6 +65,7 @@ class Radon(LinearOperator):
 
     def __call__(self, x: Tensor) -> Tensor:
         """The sinogram."""
+        require_shape(self, x, self.size)
         matrix, _ = self._as(x)
         found = _times(matrix, x.reshape(-1, matrix.shape[1]))
         return found.reshape((*x.shape[:-2], len(self.angles), self.detectors))

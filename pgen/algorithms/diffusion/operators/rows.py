@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pgen.algorithms.diffusion.operators.base import LinearOperator, Spectrum
+from pgen.algorithms.diffusion.operators.base import LinearOperator, Spectrum, require_shape
 
 
 class _OrthogonalRows(LinearOperator):
@@ -53,6 +53,7 @@ class Mask(_OrthogonalRows):
 
     def __call__(self, x: Tensor) -> Tensor:
         """What is kept, `[..., n]`."""
+        require_shape(self, x, self.mask.shape)
         return x.reshape((*x.shape[: x.dim() - self.mask.dim()], -1))[..., self.index.to(x.device)]
 
     def adjoint(self, y: Tensor) -> Tensor:
