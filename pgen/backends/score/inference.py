@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import Tensor
 
@@ -22,20 +22,7 @@ Kind = Literal[
     "split-gibbs",
     "guide",
 ]
-KINDS = (
-    "auto",
-    "exact",
-    "tds",
-    "mmps",
-    "pigdm",
-    "ddrm",
-    "replacement",
-    "repaint",
-    "dps",
-    "lgd",
-    "split-gibbs",
-    "guide",
-)
+KINDS: tuple[str, ...] = get_args(Kind)
 LINEAR = ("exact", "mmps", "pigdm", "ddrm", "replacement", "repaint")
 """Those for observations that are linear in the latents, with normal noise."""
 ELEMENTS = ("replacement", "repaint")
