@@ -79,13 +79,15 @@ class Rank(IntEnum):
 class Offer:
     """What a backend promises for a program: which queries, how exactly, how well suited and why.
 
-    `paths` names, for each site that needs adapting, the conversions applied to its distribution.
+    `paths` names, for each site that needs adapting, the conversions applied to its distribution where queries are answered;
+    `learning` those by which it is learned, where these are others.
     """
 
     answers: Mapping[Query, Exactness]
     rank: Rank
     why: str
     paths: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    learning: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         """An offer is a yes."""
@@ -119,6 +121,10 @@ class Estimate:
         khat: Pareto shape of the importance weights per row, where there were weights (trust below 0.7).
         evaluations: network evaluations spent per row, where an equation was solved.
         solver_error: size of the error that its solver made, in nats, shape `[n]`: what two tolerances differ by.
+        lower: a stochastic lower bound, shape `[n]`: its expectation is below the truth.
+        upper: a stochastic upper bound, likewise.
+        shared: the part of `stderr` that all rows have in common, shape `[]`: that of a normaliser, which no number of rows
+            averages out.
 
     >>> e = Estimate(torch.tensor([-64.0, -32.0]), Exactness.EXACT, measure="mass", dims=64)
     >>> e.kind == "exact", round(e.bits_per_dim(), 3)
@@ -134,6 +140,9 @@ class Estimate:
     khat: Tensor | None = None
     evaluations: int | None = None
     solver_error: Tensor | None = None
+    lower: Tensor | None = None
+    upper: Tensor | None = None
+    shared: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Accept the kind as a plain word too."""
@@ -146,11 +155,32 @@ class Estimate:
 
     def mean(self) -> Estimate:
         """The mean over rows, with the standard error of the *estimation* (not of the data)."""
-        stderr = (
-            None if self.stderr is None else self.stderr.square().sum().sqrt() / max(1, self.stderr.numel())
-        )
+        stderr = None
+        if self.stderr is not None:
+            common = self.value.new_zeros(()) if self.shared is None else self.shared.to(self.value)
+            own = (self.stderr.square() - common.square()).clamp(min=0).sum() / max(
+                1, self.stderr.numel()
+            ) ** 2
+            stderr = (own + common.square().reshape(())).sqrt()
         solver = None if self.solver_error is None else self.solver_error.mean()
-        return replace(self, value=self.value.mean(), stderr=stderr, khat=None, solver_error=solver)
+        ends = {k: v if v is None else v.mean() for k, v in (("lower", self.lower), ("upper", self.upper))}
+        return replace(self, value=self.value.mean(), stderr=stderr, khat=None, solver_error=solver, **ends)
+
+    def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
+        """Where the truth lies with this probability, as far as the standard error tells: two ends, shape `[n]` each.
+
+        Raises:
+            MeasureError: there is no standard error, and the value is not exact.
+        """
+        if self.stderr is None:
+            if self.kind is not Exactness.EXACT:
+                raise MeasureError(
+                    f"interval: this {self.kind.value} has no standard error, so that nothing is known of its distance to "
+                    "the truth"
+                )
+            return self.value, self.value
+        wide = math.sqrt(2) * float(torch.erfinv(torch.tensor(level, dtype=torch.float64))) * self.stderr
+        return self.value - wide, self.value + wide
 
     def bits_per_dim(self, cell: float | None = None) -> float:
         r"""Mean code length, $-\overline{\log p} / (D \ln 2)$, in bits per observed scalar.

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
 
 from pgen.capability import Capability, Exactness, Offer, Query, Refusal
-from pgen.conversion import Conversion, exactness_of
+from pgen.conversion import Conversion, Purpose, exactness_of
 from pgen.errors import OptionError, Refused
 from pgen.protocols import Backend
-from pgen.structure import Structure
+from pgen.structure import Site, Structure
 from pgen.tables import as_text
 
 Paths = dict[str, tuple[Conversion, ...]]
@@ -23,9 +23,10 @@ def require(
     structure: Structure,
     latent: Collection[Capability] = (),
     observed: Collection[Capability] = (),
-    via: Mapping[str, str] | None = None,
+    via: Mapping[str, Any] | None = None,
     *,
     random: bool = True,
+    purpose: Purpose = "answering",
 ) -> Paths | Refusal:
     """The conversions that give every site what a backend needs, or the first site that cannot have it.
 
@@ -33,8 +34,9 @@ def require(
         structure: the program.
         latent: capabilities needed at latent sites.
         observed: capabilities needed at observed sites.
-        via: conversions to go through, by site, as the user asked.
+        via: conversions to go through, by site, as the user asked; those for another purpose are passed over.
         random: whether a conversion may answer with another number each time.
+        purpose: what the site is to be converted for.
 
     Raises:
         OptionError: `via` names a site that the program does not have.
@@ -51,43 +53,126 @@ def require(
         if site.factor:
             continue
         path: tuple[Conversion, ...] = ()
-        for needed in observed if site.observed else latent:
+        wanted = observed if site.observed else latent
+        asked = _asked_for(structure, via.get(site.name), purpose, wanted)
+        for needed in wanted:
             has = site.capabilities | {c.gives for c in path}
             step = structure.conversions.path(
-                has, needed, via.get(site.name) if not path else None, random=random
+                has, needed, asked if not path else None, random=random, purpose=purpose, at=(site, structure)
             )
             if step is None:
-                able = ", ".join(sorted(c.value for c in site.capabilities)) or "nothing"
-                role = "observed" if site.observed else "latent"
-                return Refusal(
-                    site.name,
-                    needed.value,
-                    f"{role} site {site.name!r} ({site.distribution}) can {able}; no installed conversion leads from there to {needed.value}",
-                )
+                return _no_way(structure, site, needed, asked)
             path = (*path, *(c for c in step if c not in path))
         if path:
             paths[site.name] = path
     return paths
 
 
+def _asked_for(
+    structure: Structure, ways: Any, purpose: Purpose, wanted: Collection[Capability]
+) -> Conversion | None:
+    """The conversion that the user wants for a purpose, among one or several named for a site.
+
+    One that gives draws is for drawing, where nobody wants draws here.
+    """
+    if ways is None:
+        return None
+    several = ways if isinstance(ways, (tuple, list)) else (ways,)
+    named = [structure.conversions.named(way) for way in several]
+    away = _DRAWN - set(wanted)
+    return next((c for c in named if c.purpose in (None, purpose) and c.gives not in away), None)
+
+
+def _no_way(structure: Structure, site: Site, needed: Capability, asked: Conversion | None) -> Refusal:
+    able = ", ".join(sorted(c.value for c in site.capabilities)) or "nothing"
+    role = "observed" if site.observed else "latent"
+    start = f"{role} site {site.name!r} ({site.distribution}) can {able}; "
+    if asked is not None:
+        told = asked.unless(site, structure) or f"it leads to no {needed.value} there"
+        return Refusal(site.name, needed.value, f"{start}via={asked.name!r} cannot be used: {told}")
+    told = [
+        (c.name, c.unless(site, structure))
+        for c in structure.conversions
+        if c.gives is needed and c.needs <= site.capabilities
+    ]
+    reasons = "".join(f"; {name}: {why}" for name, why in told if why)
+    return Refusal(
+        site.name, needed.value, f"{start}no installed conversion leads from there to {needed.value}{reasons}"
+    )
+
+
+def answering(structure: Structure, via: Mapping[str, Any]) -> Paths | Refusal:
+    """The conversions by which a log probability is answered; sites whose normaliser nobody knows are left unnormalised."""
+    wanted = (Capability.LOG_PROB,)
+    given, fallen = dict(via), dict[str, tuple[Conversion, ...]]()
+    while True:
+        rest = replace(structure, sites={n: s for n, s in structure.sites.items() if n not in fallen})
+        paths = require(
+            rest, wanted, wanted, {k: v for k, v in given.items() if k in rest.sites or k not in fallen}
+        )
+        if not isinstance(paths, Refusal):
+            return {n: p for n in structure.sites if (p := paths.get(n) or fallen.get(n))}
+        site = structure.sites[paths.site or ""]
+        step = structure.conversions.path(site.capabilities, Capability.LOG_DENSITY)
+        if step is None:
+            return paths
+        fallen[site.name] = (*step, structure.conversions.named("unnormalised"))
+
+
+def learning(structure: Structure, via: Mapping[str, Any], answering: Paths) -> Paths | Refusal:
+    """The conversions by which sites are learned: a number whose gradient is that of the log probability.
+
+    Args:
+        structure: the program.
+        via: conversions to go through, by site.
+        answering: those by which queries are answered; sites that go the same way in learning are left out.
+    """
+    wanted = (Capability.LOG_PROB,)
+    paths = require(structure, wanted, wanted, via, purpose="learning")
+    if isinstance(paths, Refusal):
+        return paths
+    return {site: path for site, path in paths.items() if path != answering.get(site)}
+
+
+_DRAWN = frozenset({Capability.SAMPLE, Capability.RSAMPLE})
+
+
 def drawing(
-    structure: Structure, paths: Mapping[str, tuple[Conversion, ...]]
+    structure: Structure, paths: Mapping[str, tuple[Conversion, ...]], via: Mapping[str, Any] | None = None
 ) -> tuple[Paths, Exactness] | None:
-    """The paths, longer where a site needs more to be drawn, and how exact the draws are; None where one cannot be."""
+    """The paths, longer where a site needs more to be drawn, and how exact the draws are; None where one cannot be.
+
+    Args:
+        structure: the program.
+        paths: so far.
+        via: conversions that the user asked for, by site: those that give draws are taken here.
+    """
     whole, weakest = dict(paths), Exactness.EXACT
-    drawn = {Capability.SAMPLE, Capability.RSAMPLE}
+    drawn = _DRAWN
     for site in structure:
-        if site.factor or site.capabilities & drawn:
+        asked = _to_draw(structure, (via or {}).get(site.name))
+        if site.factor or (site.capabilities & drawn and asked is None):
             continue
         path = whole.get(site.name, ())
         if not any(c.gives in drawn for c in path):
-            step = structure.conversions.path(site.capabilities | {c.gives for c in path}, Capability.SAMPLE)
+            has = site.capabilities | {c.gives for c in path}
+            step = structure.conversions.path(has, Capability.SAMPLE, asked, at=(site, structure))
             if step is None:
                 return None
             path = whole[site.name] = (*path, *step)
         how = exactness_of(c for c in path if c.gives in drawn)
         weakest = min(weakest, how, key=lambda e: e.strength)
     return whole, weakest
+
+
+def _to_draw(structure: Structure, ways: Any) -> Conversion | None:
+    several = () if ways is None else ways if isinstance(ways, (tuple, list)) else (ways,)
+    return next((c for c in map(structure.conversions.named, several) if c.gives in _DRAWN), None)
+
+
+def weakest(kinds: Iterable[Exactness]) -> Exactness:
+    """The weakest promise of several; exact, if there is none."""
+    return min(kinds, key=lambda kind: kind.strength, default=Exactness.EXACT)
 
 
 def names_of(paths: Mapping[str, tuple[Conversion, ...]]) -> dict[str, tuple[str, ...]]:
@@ -152,6 +237,9 @@ class Explanation:
             if isinstance(row.answer, Offer):
                 answers = [row.answer.answers[q].value if q in row.answer.answers else "-" for q in Query]
                 paths = "".join(f"\n{site}: {' -> '.join(path)}" for site, path in row.answer.paths.items())
+                paths += "".join(
+                    f"\n{site}: learned by {' -> '.join(path)}" for site, path in row.answer.learning.items()
+                )
                 table.add_row(
                     row.backend,
                     f"[green]{row.answer.rank.name.lower()}[/green]",

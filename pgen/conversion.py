@@ -8,18 +8,24 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import networkx as nx
 import pyro.distributions as dist
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pgen.capability import Capability, Exactness, capabilities_of
 from pgen.errors import UnknownName
 from pgen.registry import hookimpl
+
+Purpose = Literal["learning", "answering", "fallback"]
+
+
+def _always(site: Any, structure: Any) -> str | None:
+    return None
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,13 @@ class Conversion:
         cost: relative cost of one use, for choosing between paths of equal exactness.
         methods: from the distribution to the methods that the converted one answers with, by name.
         random: whether asking twice gives two numbers (a stochastic bound), so that a ratio of two means nothing.
+        purpose: `"learning"`: its numbers are good for their gradients only, and only while tensors are learned (a
+            surrogate); `"answering"`: it takes too long, or has no gradient, for learning; `"fallback"`: where nothing else
+            leads there, and a backend says what is then worth less; None: for learning and answering.
+        unless: from a site and the structure it is in to the reason why it cannot be used there; None: it can.
+        memory: from the law at a site, some of its data (`[n, *event]`, or None) and the site to what learning by it
+            keeps: a module, whose parameters are learned with those of the program and whose buffers are its state.
+            Methods find it as `law.memories[name]`.
     """
 
     name: str
@@ -43,6 +56,9 @@ class Conversion:
     cost: float
     methods: Callable[[dist.Distribution], Mapping[str, Callable[..., Any]]]
     random: bool = False
+    purpose: Purpose | None = None
+    unless: Callable[[Any, Any], str | None] = _always
+    memory: Callable[[Any, Tensor | None, Any], nn.Module] | None = None
 
     def convert(self, distribution: dist.Distribution) -> dist.Distribution:
         """The distribution with the further capability."""
@@ -50,13 +66,28 @@ class Conversion:
 
 
 class Converted(dist.TorchDistribution):
-    """A distribution that answers more than it did, through conversions; in all else it is what it was."""
+    """A distribution that answers more than it did, through conversions; in all else it is what it was.
+
+    Attributes:
+        base: what it was.
+        conversions: in the order in which they were applied.
+        memories: what conversions keep from one step of learning to the next, by name.
+        found: what conversions have computed and need not compute again as long as nothing is learned, by name.
+    """
 
     arg_constraints: dict[str, Any] = {}  # noqa: RUF012 - declared as torch declares it
 
-    def __init__(self, base: Any, conversions: tuple[Conversion, ...]) -> None:
+    def __init__(
+        self,
+        base: Any,
+        conversions: tuple[Conversion, ...],
+        memories: Mapping[str, nn.Module] | None = None,
+        found: MutableMapping[str, Any] | None = None,
+    ) -> None:
         """Apply the conversions in order."""
         self.base, self.conversions = base, conversions
+        self.memories = {} if memories is None else memories
+        self.found = {} if found is None else found
         self.capabilities = capabilities_of(base) | {c.gives for c in conversions}
         self._methods: dict[str, Callable[..., Any]] = {}
         for conversion in conversions:
@@ -105,7 +136,27 @@ class Converted(dist.TorchDistribution):
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Converted:
         """The same over another batch shape."""
-        return Converted(self.base.expand(batch_shape), self.conversions)
+        return Converted(self.base.expand(batch_shape), self.conversions, self.memories, self.found)
+
+
+class Normaliser(NamedTuple):
+    """log Z of a law whose density is known up to a constant, in nats, `[]` each; what is not known is None.
+
+    Attributes:
+        value: log Z.
+        stderr: standard error, where it was estimated from random numbers.
+        lower: a stochastic lower bound.
+        upper: a stochastic upper bound.
+        error: how far the rule that integrated it is off, where one did.
+        probes: the log density at a few places, to tell whether it has changed since.
+    """
+
+    value: Tensor
+    stderr: Tensor | None = None
+    lower: Tensor | None = None
+    upper: Tensor | None = None
+    error: Tensor | None = None
+    probes: Tensor | None = None
 
 
 def inside(fn: Any, change: Callable[[Any], Any]) -> Any:
@@ -124,10 +175,35 @@ def _declares(fn: Any) -> bool:
     return getattr(fn, "capabilities", None) is not None
 
 
-def adapter(path: Iterable[Conversion]) -> Callable[[dist.Distribution], dist.Distribution]:
-    """One function from distribution to distribution for a whole path of conversions."""
-    steps = tuple(path)
-    return lambda law: inside(law, lambda inner: Converted(inner, steps)) if steps else law
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """A function from distribution to distribution: a path of conversions, with what these keep and find.
+
+    Attributes:
+        path: in order of application.
+        memories: see `Converted`.
+        found: likewise.
+    """
+
+    path: tuple[Conversion, ...]
+    memories: Mapping[str, nn.Module] = field(default_factory=dict)
+    found: MutableMapping[str, Any] = field(default_factory=dict)
+
+    def __call__(self, law: Any) -> Any:
+        """The law, converted."""
+        if not self.path:
+            return law
+        return inside(law, lambda inner: Converted(inner, self.path, self.memories, self.found))
+
+    @property
+    def normalisers(self) -> list[Normaliser]:
+        """Those that were found on the way."""
+        return [value for value in self.found.values() if isinstance(value, Normaliser)]
+
+
+def as_conversion(way: Any) -> Conversion | str:
+    """What `via` names: a conversion by its name, itself, or an object that has one, such as options of a conversion."""
+    return way if isinstance(way, (str, Conversion)) else way.conversion
 
 
 @dataclass(frozen=True)
@@ -145,12 +221,15 @@ class Conversions:
         """The conversions."""
         return iter(self.installed)
 
-    def named(self, name: str) -> Conversion:
-        """The conversion of that name.
+    def named(self, name: Any) -> Conversion:
+        """The conversion of that name; a conversion itself is what it is.
 
         Raises:
             UnknownName: none is installed under it.
         """
+        name = as_conversion(name)
+        if isinstance(name, Conversion):
+            return name
         found = next((c for c in self if c.name == name), None)
         if found is None:
             raise UnknownName(f"no conversion {name!r}; installed: {', '.join(c.name for c in self)}")
@@ -171,9 +250,11 @@ class Conversions:
         self,
         has: frozenset[Capability],
         wanted: Capability,
-        via: str | None = None,
+        via: Any = None,
         *,
         random: bool = True,
+        purpose: Purpose = "answering",
+        at: tuple[Any, Any] | None = None,
     ) -> tuple[Conversion, ...] | None:
         """The best conversions from what is there to what is wanted: most exact first, then cheapest.
 
@@ -182,8 +263,10 @@ class Conversions:
         Args:
             has: capabilities of the distribution.
             wanted: the capability asked for.
-            via: a conversion that the path must end with or pass through.
+            via: a conversion, or its name, that the path must end with or pass through.
             random: whether conversions may answer with random numbers.
+            purpose: what it is for.
+            at: the site and its structure, where conversions are to be asked whether they can be used there.
 
         Returns:
             The conversions in order of application, empty if none is needed, None if there is no way.
@@ -191,16 +274,24 @@ class Conversions:
         if via is not None:
             forced = self.named(via)
             first = [
-                self.path(has, need, random=random) for need in sorted(forced.needs, key=lambda c: c.value)
+                self.path(has, need, random=random, purpose=purpose, at=at)
+                for need in sorted(forced.needs, key=lambda c: c.value)
             ]
-            if any(p is None for p in first) or (forced.random and not random):
+            usable = forced.purpose in (None, purpose) and not (at and forced.unless(*at))
+            if any(p is None for p in first) or (forced.random and not random) or not usable:
                 return None
             head = tuple(dict.fromkeys(c for p in first if p for c in p))
-            tail = self.path(has | {c.gives for c in head} | {forced.gives}, wanted, random=random)
+            gives = has | {c.gives for c in head} | {forced.gives}
+            tail = self.path(gives, wanted, random=random, purpose=purpose, at=at)
             return None if tail is None else (*head, forced, *tail)
         if wanted in has:
             return ()
         ticket = itertools.count()
+        usable = [
+            c
+            for c in self
+            if c.purpose in (None, purpose) and (random or not c.random) and not (at and c.unless(*at))
+        ]
         best: dict[Capability, tuple[Conversion, ...]] = {}
         queue: list[tuple[int, float, int, Capability, tuple[Conversion, ...]]] = [
             (-4, 0.0, next(ticket), c, ()) for c in has
@@ -213,7 +304,7 @@ class Conversions:
             best[capability] = path
             if capability is wanted:
                 return path
-            for c in self if random else (c for c in self if not c.random):
+            for c in usable:
                 if capability in c.needs and c.needs <= best.keys() and c.gives not in best:
                     whole = (
                         *dict.fromkeys(
@@ -256,9 +347,10 @@ def _score(distribution: Any) -> Mapping[str, Callable[..., Any]]:
 
 
 def _table(distribution: Any) -> Tensor:
-    """Log density of every value of the support, shape [K, *batch]."""
-    values = distribution.enumerate_support(expand=True)
-    return distribution.log_density(values)
+    """Log density of every value of the support, shape [K, *batch]; a law that is the same in all rows is asked once."""
+    single = getattr(distribution, "single", distribution)
+    values = single.enumerate_support(expand=True)
+    return single.log_density(values)
 
 
 def _exact_sum(distribution: Any) -> Mapping[str, Callable[..., Any]]:
@@ -272,6 +364,9 @@ def _exact_sum(distribution: Any) -> Mapping[str, Callable[..., Any]]:
 def _table_sample(distribution: Any) -> Mapping[str, Callable[..., Any]]:
     def sample(sample_shape: Any = torch.Size()) -> Tensor:
         """Exact draws from the table of probabilities."""
+        single = getattr(distribution, "single", None)
+        if single is not None and not single.batch_shape:
+            return _draws_of_single(single, torch.Size(sample_shape) + distribution.batch_shape)
         values = distribution.enumerate_support(expand=True)
         index = dist.Categorical(logits=distribution.log_prob(values).movedim(0, -1)).sample(
             torch.Size(sample_shape)
@@ -284,6 +379,23 @@ def _table_sample(distribution: Any) -> Mapping[str, Callable[..., Any]]:
         return picked.reshape(torch.Size(sample_shape) + distribution.batch_shape + distribution.event_shape)
 
     return {"sample": sample}
+
+
+def _draws_of_single(single: Any, shape: torch.Size) -> Tensor:
+    """Draws `[*shape, *event]` of a law of empty batch shape from the table of its densities."""
+    values = single.enumerate_support(expand=True)
+    return values[dist.Categorical(logits=single.log_density(values)).sample(shape)]
+
+
+def _constant(distribution: Any) -> Mapping[str, Callable[..., Any]]:
+    return {"log_prob": getattr(distribution, "log_density", None) or distribution.base.log_prob}
+
+
+def _constant_varies(site: Any, structure: Any) -> str | None:
+    """Why the constant of a density cannot be left out: it depends on something that moves."""
+    moving = [f"the learned {name}" for name in site.params]
+    moving += [f"the latent {name}" for name in site.parents if name in structure.latents]
+    return f"the constant of its density depends on {moving[0]}" if moving else None
 
 
 def _bound(distribution: Any) -> Mapping[str, Callable[..., Any]]:
@@ -319,6 +431,25 @@ CORE = (
     Conversion("autograd-score", frozenset({_C.LOG_DENSITY}), _C.SCORE, Exactness.EXACT, 1.0, _score),
     Conversion(
         "exact-sum", frozenset({_C.ENUMERATE, _C.LOG_DENSITY}), _C.LOG_PROB, Exactness.EXACT, 2.0, _exact_sum
+    ),
+    Conversion(
+        "constant-left-out",
+        frozenset({_C.LOG_DENSITY}),
+        _C.LOG_PROB,
+        Exactness.EXACT,  # but for a number that nothing depends on
+        0.5,
+        _constant,
+        purpose="learning",
+        unless=_constant_varies,
+    ),
+    Conversion(
+        "unnormalised",
+        frozenset({_C.LOG_DENSITY}),
+        _C.LOG_PROB,
+        Exactness.UNNORMALIZED,
+        0.0,
+        _constant,
+        purpose="fallback",
     ),
     Conversion(
         "table", frozenset({_C.ENUMERATE, _C.LOG_PROB}), _C.SAMPLE, Exactness.EXACT, 1.0, _table_sample

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from pgen import saving
 from pgen.calling import name_of, signature_of
-from pgen.capability import Estimate, Offer, Query
+from pgen.capability import Capability, Estimate, Offer, Query
+from pgen.conversion import Adapter, Normaliser
 from pgen.draws import Draws
 from pgen.errors import DataError, Dishonest, OptionError, Unanswerable
 from pgen.handlers import Keep
@@ -31,6 +33,7 @@ from pgen.structure import Structure
 from pgen.summary import Summary
 
 _REPEATS = 256  # of a log probability that random numbers go into, whose error nobody has told
+_WEIGHED = frozenset({Capability.LOG_PROB, Capability.LOG_DENSITY, Capability.BOUND})
 _SUMMARIZED = 4000  # draws that a summary is made of, where the fit holds none
 
 
@@ -285,19 +288,21 @@ class Fitted:
     def with_error(self, first: Any, problem: Problem, structure: Structure) -> Any:
         """An answer of the backend; where a conversion puts random numbers into it, the mean of many, with its error.
 
+        The errors of normalisers that were estimated are added.
+
         Args:
             first: the answer. One that has a standard error is left as it is.
             problem: what was asked about.
             structure: of the problem.
         """
-        if not isinstance(first, Estimate) or first.stderr is not None:
+        if not isinstance(first, Estimate):
             return first
-        used = [name for path in self.offer.paths.values() for name in path]
-        if not any(structure.conversions.named(name).random for name in used):
-            return first
-        others = [self._answers.log_prob(problem, structure).value for _ in range(_REPEATS - 1)]
-        values = torch.stack([first.value, *others])
-        return replace(first, value=values.mean(0), stderr=values.std(0) / _REPEATS**0.5)
+        used = [structure.conversions.named(name) for path in self.offer.paths.values() for name in path]
+        if first.stderr is None and any(c.random and c.gives in _WEIGHED for c in used):
+            others = [self._answers.log_prob(problem, structure).value for _ in range(_REPEATS - 1)]
+            values = torch.stack([first.value, *others])
+            first = replace(first, value=values.mean(0), stderr=values.std(0) / _REPEATS**0.5)
+        return with_normalisers(first, problem, structure)
 
     def _offered(self, query: Query) -> None:
         if query not in self.offer.answers:
@@ -366,6 +371,36 @@ class Learned:
         """Run the program with the learned tensors lent to it."""
         with self._parameters.installed(), Keep(self._parameters.installed):
             return self._program(*args, **kwargs)
+
+
+def with_normalisers(first: Estimate, problem: Problem, structure: Structure) -> Estimate:
+    """A log probability with the errors of the normalisers that went into it: log Z is taken off once for each copy of a site."""
+    tied = structure.tied
+    for name, adapt in problem.adapters.items():
+        if name not in structure.sites or not isinstance(adapt, Adapter):
+            continue
+        plates = [structure.plates[p] for p in structure.sites[name].plates]
+        copies = math.prod(p.size for p in plates if tied or p.name not in structure.data_plates)
+        for log_z in adapt.normalisers:
+            first = _less(first, log_z, copies)
+    return first
+
+
+def _less(first: Estimate, log_z: Normaliser, copies: int) -> Estimate:
+    """An estimate from which `copies` times log Z was taken, with what is known of log Z."""
+    value, stderr, solver, shared = first.value, first.stderr, first.solver_error, first.shared
+    if log_z.stderr is not None:
+        mine = (copies * log_z.stderr).to(value)
+        stderr = mine.expand_as(value) if stderr is None else (stderr.square() + mine.square()).sqrt()
+        shared = mine if shared is None else (shared.square() + mine.square()).sqrt()
+    if log_z.error is not None:
+        mine = (copies * log_z.error).to(value).expand_as(value)
+        solver = mine if solver is None else solver + mine
+    ends = {}
+    for end, own, other in (("lower", first.lower, log_z.upper), ("upper", first.upper, log_z.lower)):
+        if other is not None:
+            ends[end] = (value if own is None else own) + (copies * (log_z.value - other)).to(value)
+    return replace(first, stderr=stderr, solver_error=solver, shared=shared, **ends)
 
 
 def _count(name: str, n: Any) -> int:

@@ -13,11 +13,12 @@ import torch
 
 from pgen.capability import Offer
 from pgen.choice import Explanation, choose, examine, refusal_text
-from pgen.conversion import Conversions, adapter
+from pgen.conversion import Adapter, Conversion, Conversions
 from pgen.errors import OptionError, Refused
 from pgen.fitted import Fitted
 from pgen.inspection import inspect_problem
 from pgen.isolation import isolated, whole_seed
+from pgen.learning import learners_of
 from pgen.problem import Data, Problem
 from pgen.protocols import Backend
 from pgen.registry import Registry
@@ -80,13 +81,31 @@ def fit(
             raise Refused(
                 f"backend {chosen.name!r} cannot fit {structure.name}: {refusal_text(offer)}", offer
             )
-        adapters = {
-            site: adapter(structure.conversions.named(c) for c in path) for site, path in offer.paths.items()
-        }
-        problem = replace(problem, adapters=adapters)
+        problem = _adapted(problem, structure, chosen, offer)
         torch.manual_seed(seed)
         answers = chosen.fit(problem, structure, replace(run, seed=seed))
     return Fitted(problem, structure, chosen, offer, answers, seed, run.precision)
+
+
+def _adapted(problem: Problem, structure: Structure, backend: Backend, offer: Offer) -> Problem:
+    """The problem, its sites converted as the offer says: in one way to be learned, in another to be asked about."""
+    via: Mapping[str, Any] = getattr(backend, "via", None) or {}
+
+    def conversions(site: str, path: tuple[str, ...]) -> tuple[Conversion, ...]:
+        ways = via.get(site, ())
+        own = [
+            structure.conversions.named(way) for way in (ways if isinstance(ways, (tuple, list)) else (ways,))
+        ]
+        return tuple({c.name: c for c in own}.get(name) or structure.conversions.named(name) for name in path)
+
+    torch.manual_seed(0)
+    learned = {site: conversions(site, path) for site, path in offer.learning.items()}
+    learners = learners_of(problem, structure, learned)
+    adapters = {}
+    for site, path in offer.paths.items():
+        kept = learners[site].memories if site in learners else {}
+        adapters[site] = Adapter(conversions(site, path), kept)
+    return replace(problem, adapters=adapters, learners=learners)
 
 
 def _chosen(backend: str | Backend | None, structure: Structure) -> Backend:

@@ -203,7 +203,8 @@ class Parameters:
 
 def _roots(problem: Problem) -> list[tuple[str, object]]:
     named = [(f"args.{i}", a) for i, a in enumerate(problem.args)]
-    return [("", problem.program), *named, *((k, v) for k, v in problem.kwargs.items())]
+    kept = [(f"learning.{site}", learner.modules()) for site, learner in problem.learners.items()]
+    return [("", problem.program), *named, *((k, v) for k, v in problem.kwargs.items()), *kept]
 
 
 def _modules_in(name: str, value: object, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:

@@ -57,6 +57,7 @@ class Problem:
         default_factory=dict
     )  # site -> how its law is converted
     undrawable: frozenset[str] = frozenset()  # latents without a way to draw them, given some value instead
+    learners: Mapping[str, Any] = field(default_factory=dict)
     source: _Rows | None = None  # a map-style dataset whose rows are read by `take`
     suggested_batch: int | None = None
 
@@ -89,6 +90,7 @@ class Problem:
             kwargs=self.kwargs,
             adapters=self.adapters,
             undrawable=self.undrawable,
+            learners=self.learners,
         )
         if isinstance(data, Problem):
             raise DataError(
@@ -187,6 +189,17 @@ class Problem:
             holed=holed(inputs),
             size_name=size,
         )
+
+    @property
+    def learning(self) -> Problem:
+        """The same problem, its sites as they are learned: what a loss is computed from."""
+        return self._but(adapters={**self.adapters, **self.learners}) if self.learners else self
+
+    def told(self) -> dict[str, Tensor]:
+        """What its learners tell about the last step, by site and name."""
+        return {
+            f"{site}.{k}": v for site, learner in self.learners.items() for k, v in learner.told().items()
+        }
 
     def take(self, index: Tensor) -> Problem:
         """The same program on some of the rows."""

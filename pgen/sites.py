@@ -142,6 +142,7 @@ class Watch(Progress):
             factor=factor,
             certain=not self.uncertain[name],
             dtype=value.dtype if isinstance(value, Tensor) else torch.get_default_dtype(),
+            improper=isinstance(_base(fn), dist.ImproperUniform),
         )
         if self.provenance is not None and isinstance(value, Tensor) and not factor:
             if msg["is_observed"]:

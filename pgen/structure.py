@@ -45,6 +45,7 @@ class Site:
         cardinality: number of values of a finite support, else None.
         factor: a `pyro.factor` statement: soft evidence, not a random value.
         certain: False where a value left torch before this site, so that more sites than those named may matter.
+        improper: its density has no finite integral (`ImproperUniform`).
     """
 
     name: str
@@ -65,6 +66,7 @@ class Site:
     factor: bool = False
     certain: bool = True
     dtype: torch.dtype = torch.float32
+    improper: bool = False
 
     @property
     def discrete(self) -> bool:
@@ -74,8 +76,8 @@ class Site:
     @property
     def weighable(self) -> bool:
         """Whether it has a density of its own, not one that a denoiser has to be integrated for."""
-        own = {Capability.LOG_PROB, Capability.LOG_DENSITY} & self.capabilities
-        return bool(own) and Capability.DENOISER not in self.capabilities
+        own = Capability.LOG_PROB in self.capabilities or self.improper
+        return own and Capability.DENOISER not in self.capabilities
 
 
 @dataclass(frozen=True)

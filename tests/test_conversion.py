@@ -11,7 +11,7 @@ import torch
 from pyro import poutine
 
 from pgen.capability import Capability, Exactness, capabilities_of
-from pgen.conversion import CORE, Conversion, Conversions, Converted, adapter, exactness_of
+from pgen.conversion import CORE, Adapter, Conversion, Conversions, Converted, exactness_of
 from pgen.errors import UnknownName
 from pgen.handlers import Adapt
 from pgen.testing import statistics as stats
@@ -61,7 +61,7 @@ class PathwiseOnly(dist.TorchDistribution):
 
 
 def convert(law, wanted):
-    return adapter(CONVERSIONS.path(capabilities_of(law), wanted))(law)
+    return Adapter(CONVERSIONS.path(capabilities_of(law), wanted))(law)
 
 
 TABLE = torch.tensor([[0.0, 1.0, -2.0], [3.0, 3.0, 3.5]])
@@ -265,7 +265,7 @@ def program(n):
 
 def test_one_site_is_adapted_in_place():
     path = CONVERSIONS.path(frozenset({C.ENUMERATE, C.LOG_DENSITY}), C.SAMPLE)
-    with Adapt({"k": adapter(path)}):
+    with Adapt({"k": Adapter(path)}):
         trace = poutine.trace(program).get_trace(20_000)
     trace.compute_log_prob()
     k = trace.nodes["k"]["value"]

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from pgen.capability import Exactness, Offer, Query
 from pgen.choice import refusal_text
-from pgen.conversion import Conversions, adapter
+from pgen.conversion import Adapter, Conversions
 from pgen.errors import Diverged, OptionError, Refused, Unanswerable
 from pgen.fitted import Fitted
 from pgen.fitting import fit, make_backend
@@ -245,7 +245,7 @@ def _source(
     exact = offer.answers[Query.POSTERIOR] is Exactness.EXACT
     problem = worlds.problem
     if refit == "auto" and isinstance(chosen, FitsMany):
-        ways = {s: adapter(map(structure.conversions.named, path)) for s, path in offer.paths.items()}
+        ways = {s: Adapter(tuple(map(structure.conversions.named, path))) for s, path in offer.paths.items()}
         adapted, seeded = replace(problem, adapters=ways), replace(quiet, seed=seeds[0])
         with isolated(seeds[0], run.precision):
             found = chosen.posteriors(adapted, structure, seeded, worlds.observed, draws)

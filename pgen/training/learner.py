@@ -45,7 +45,9 @@ class Learner:
         self.tensors = list(player.parameters.values())
         self.rates = [group["lr"] for group in optimizer.param_groups]
         self.untouched = list(player.parameters)
-        self.watched = {f"{prefix}loss": "loss", f"{prefix}grad_norm": "gradient norm"}
+        self.watched = {f"{prefix}{metric}": meaning for metric, meaning in player.watched.items()}
+        self._names = f"{prefix}loss", f"{prefix}grad_norm"
+        self.watched |= dict(zip(self._names, ("loss", "gradient norm"), strict=True))
 
     def learn(
         self, batch: Problem, step: Step, rate: float, context: Context = nullcontext
@@ -55,7 +57,7 @@ class Learner:
             found = evaluate(self.name, self.player, batch, step, context())
         else:
             found = self.replays(batch, step, context)
-        loss_name, norm_name = self.watched
+        loss_name, norm_name = self._names
         metrics: dict[str, float | Tensor] = {loss_name: found.loss}
         for name, value in found.metrics.items():
             metrics[self.prefix + name] = value

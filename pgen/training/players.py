@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -59,10 +59,12 @@ class Player:
         parameters: leaf tensors by name, trained in place. No tensor belongs to two players.
         loss: from a batch and a step to the loss, in nats per row, and metrics to record (numbers or tensors
             of one element). A loss that requires no gradient means that the player sits this step out.
+        watched: metrics that must stay finite, besides the loss, by name, each with its meaning.
     """
 
     parameters: Mapping[str, Tensor]
     loss: Callable[[Problem, Step], tuple[Tensor, Mapping[str, float | Tensor]]]
+    watched: Mapping[str, str] = field(default_factory=dict)
 
 
 class Evaluation(NamedTuple):
