@@ -4,6 +4,7 @@ from pgen.algorithms.diffusion.mixture import Mixture as MixtureDenoiser
 from pgen.algorithms.diffusion.schedules import EDM, VE, VP, RectifiedFlow, Schedule, SubVP
 from pgen.distributions.autoregressive import Autoregressive
 from pgen.distributions.diffusion import Diffusion
+from pgen.distributions.energy import Energy
 from pgen.distributions.flow import Flow
 from pgen.distributions.heads import (
     Bernoulli,
@@ -26,6 +27,7 @@ __all__ = [
     "Bernoulli",
     "Categorical",
     "Diffusion",
+    "Energy",
     "Flow",
     "GaussianMixture",
     "Head",

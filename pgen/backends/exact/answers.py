@@ -17,7 +17,7 @@ from pgen.backends.exact.joint import axes_of
 from pgen.backends.exact.laws import Law, join
 from pgen.backends.exact.solution import Solution
 from pgen.capability import Estimate, Exactness, Refusal
-from pgen.choice import refusal_text
+from pgen.choice import refusal_text, weakest
 from pgen.errors import Refused
 from pgen.history import History
 from pgen.parameters import Parameters
@@ -37,7 +37,7 @@ class Integrated:
         structure: its structure.
         parameters: the learned tensors.
         max_table: most numbers in one table.
-        bounded: sites that have a lower bound in the place of a log probability.
+        inexact: sites whose log probability is a bound or an estimate, and which.
     """
 
     def __init__(
@@ -46,13 +46,13 @@ class Integrated:
         structure: Structure,
         parameters: Parameters,
         max_table: int,
-        bounded: Collection[str] = (),
+        inexact: Mapping[str, Exactness] | None = None,
     ) -> None:
         self.problem = problem
         self.structure = structure
         self.parameters = parameters
         self.max_table = max_table
-        self.bounded = bounded
+        self.inexact = inexact or {}
         self.history = History()
 
     def tensors(self) -> Mapping[str, Tensor]:
@@ -94,11 +94,11 @@ class Integrated:
         """How exact the evidence is: a bound on the law of a site bounds it where that site is observed."""
         if structure.factors:
             return Exactness.UNNORMALIZED
-        seen = any(structure.sites[site].observed for site in self.bounded)
-        return Exactness.LOWER_BOUND if seen else Exactness.EXACT
+        return weakest(kind for site, kind in self.inexact.items() if structure.sites[site].observed)
 
     def posterior(self, problem: Problem, structure: Structure, n: int) -> Mapping[str, Tensor]:
-        """Exact joint draws of every unobserved site."""
+        """Exact joint draws of every unobserved site; no normaliser matters."""
+        problem = problem.learning
         given = structure.evidenced
         finite = (s for s in predicted(structure, given) if structure.sites[s].enumerable)
         groups = self.groups(structure, given.union(finite))
@@ -115,7 +115,8 @@ class Integrated:
         return values
 
     def marginals(self, problem: Problem, structure: Structure) -> Mapping[str, Any]:
-        """Exact laws of unobserved sites; one whose law has no closed form is left out."""
+        """Exact laws of unobserved sites; one whose law has no closed form is left out. No normaliser matters."""
+        problem = problem.learning
         given = structure.evidenced
         further = predicted(structure, given)
         try:
@@ -145,7 +146,7 @@ class Integrated:
             Refused: one of them is not; names a site.
         """
         groups = self.groups(self.structure, self.structure.evidenced)
-        problem = self.problem
+        problem = self.problem.learning
         if not self.structure.tied and problem.rows is not None:
             problem = problem.take(torch.arange(min(_PROOF_ROWS, problem.rows)))
         return (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -15,10 +15,11 @@ from pgen.backends.exact.groups import Group, groups_of
 from pgen.backends.exact.mode import Mode, examine_mode, fit_mode
 from pgen.backends.exact.solution import Solution
 from pgen.capability import Capability, Exactness, Offer, Query, Rank, Refusal
-from pgen.choice import Paths, drawing, learned_factor, names_of, require
+from pgen.choice import Paths, answering, drawing, learned_factor, learning, names_of, weakest
 from pgen.conversion import exactness_of
 from pgen.errors import OptionError
 from pgen.isolation import validating
+from pgen.learning import watched
 from pgen.parameters import Parameters
 from pgen.problem import Problem
 from pgen.registry import hookimpl
@@ -33,7 +34,7 @@ class Exact:
     What is maximised is $\log p_\theta(x) = \log \int p_\theta(x, z)\, dz$, and it is exact because the
     latents are, group by group of those that depend on each other,
 
-    - absent: fully observed programs (autoregressive models, flows, regressions);
+    - absent: fully observed programs (autoregressive models, flows, regressions, energies);
     - finite: mixtures, hidden Markov models, Bayesian networks, summed by variable elimination;
     - jointly Gaussian: factor analysis, linear regression, Kalman chains, hierarchies;
     - conjugate: one latent each (beta, gamma, Dirichlet, ...).
@@ -49,7 +50,8 @@ class Exact:
             probable values, jointly with the learned tensors (finite ones are still summed out). The values
             are in `fitted.parameters` under the names of the sites, and only `sample` is answered.
         max_table: most numbers that one table may hold.
-        via: conversions to go through, by site.
+        via: conversions to go through, by site: names, or conversions, one or several. An energy is learned by
+            `via={"x": "noise-contrastive"}` or one of the others that `pgen.explain` names.
 
     Example:
         >>> Exact(estimate="mean")
@@ -65,7 +67,7 @@ class Exact:
 
     estimate: Literal["marginal", "map"] = "marginal"
     max_table: int = MAX_TABLE
-    via: Mapping[str, str] = field(default_factory=dict)
+    via: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check every field."""
@@ -81,12 +83,17 @@ class Exact:
         for refusal in (learned_factor(structure), _subsampled(structure)):
             if refusal is not None:
                 return refusal
-        paths = require(structure, (Capability.LOG_PROB,), (Capability.LOG_PROB,), self.via)
+        paths = answering(structure, self.via)
         if isinstance(paths, Refusal):
             return paths
+        learned = learning(structure, self.via, paths)
+        if isinstance(learned, Refusal):
+            return learned
         bounded = _bounded(paths) if self.estimate == "marginal" else frozenset[str]()
-        for site, path in paths.items():
+        for site, path in {**paths, **learned}.items():
             if exactness_of(path) is Exactness.EXACT or _bounds_evidence(structure, site, bounded):
+                continue
+            if exactness_of(path) is not Exactness.LOWER_BOUND and self._learnable(structure, site):
                 continue
             steps = " -> ".join(c.name for c in path)
             why = (
@@ -94,31 +101,43 @@ class Exact:
             )
             return Refusal(site, "an exact log_prob", why)
         if self.estimate == "map":
-            return examine_mode(structure, paths)
+            return examine_mode(structure, paths, learned)
         groups = groups_of(structure, structure.evidenced, self.max_table)
         if isinstance(groups, Refusal):
             return groups
         exact = Exactness.EXACT
-        answers = {Query.LOG_PROB: Exactness.LOWER_BOUND if bounded else exact}
-        if structure.factors:
-            answers[Query.LOG_PROB] = Exactness.UNNORMALIZED
-        drawn = None if structure.factors else drawing(structure, paths)
+        kind = weakest(_inexact(paths).values())
+        answers = {Query.LOG_PROB: Exactness.UNNORMALIZED if structure.factors else kind}
+        drawn = None if structure.factors else drawing(structure, paths, self.via)
         if drawn is not None:
             answers[Query.SAMPLE] = drawn[1]
         if (structure.latents or len(structure.observed) > 1) and not bounded:
-            answers |= {Query.POSTERIOR: exact, Query.MARGINALS: exact}
+            # Latents that no data bear upon are drawn as the program draws them.
+            how = exact if drawn is None or not set(drawn[0]).intersection(structure.latents) else drawn[1]
+            answers |= {Query.POSTERIOR: how, Query.MARGINALS: how}
         certain = all(group.method in ("finite", "gaussian") for group in groups)
         rank = Rank.IDEAL if certain and not bounded else Rank.POSSIBLE
-        return Offer(answers, rank, _why(groups) + _caveat(bounded), names_of(drawn[0] if drawn else paths))
+        why = _why(groups) + _caveat(bounded, learned)
+        return Offer(answers, rank, why, names_of(drawn[0] if drawn else paths), names_of(learned))
+
+    def _learnable(self, structure: Structure, name: str) -> bool:
+        """Whether what stands for a log probability at a site serves to climb a likelihood: no latent is integrated by it."""
+        site = structure.sites[name]
+        if Capability.DENOISER in site.capabilities:
+            return False
+        above = [structure.sites[p] for p in site.parents if p in structure.latents]
+        if self.estimate == "map":
+            return not any(s.enumerable for s in (site, *above) if not s.observed)
+        return site.observed and not above
 
     def fit(self, problem: Problem, structure: Structure, run: Run) -> Integrated | Mode:
         """Maximise the evidence of the data in the learned tensors, if there are any."""
         parameters = Parameters.of(problem)
         if self.estimate == "map":
             return fit_mode(problem, structure, parameters, run, self.max_table)
-        paths = require(structure, (Capability.LOG_PROB,), (Capability.LOG_PROB,), self.via)
-        bounded = frozenset() if isinstance(paths, Refusal) else _bounded(paths)
-        answers = Integrated(problem, structure, parameters, self.max_table, bounded)
+        paths = answering(structure, self.via)
+        inexact = {} if isinstance(paths, Refusal) else _inexact(paths)
+        answers = Integrated(problem, structure, parameters, self.max_table, inexact)
         apart = answers.prove()
         groups = answers.groups(structure, structure.evidenced)
         count = problem.rows or 1
@@ -127,15 +146,21 @@ class Exact:
             # Validation doubles the cost of a step; data and program were checked before the first.
             with parameters.installed(step.training), validating(step.first):
                 solution = Solution.of(batch, structure, groups, max_table=self.max_table, apart=apart)
-                return -solution.evidence().sum() / (batch.rows or count), {}
+                return -solution.evidence().sum() / (batch.rows or count), batch.told()
 
         # Rows that share a latent have one evidence, which no batch of them can estimate.
-        learned = problem.whole() if structure.tied else problem
-        player = Player(parameters.tensors, loss)
+        learned = (problem.whole() if structure.tied else problem).learning
+        player = Player(parameters.tensors, loss, watched(problem.learners))
         answers.history = maximise(player, learned, structure, run, parameters.buffers)
         if parameters.tensors:
             answers.prove()
         return answers
+
+
+def _inexact(paths: Paths) -> dict[str, Exactness]:
+    """How exact the log probability of a site is, for those where it is not."""
+    found = {site: exactness_of(path) for site, path in paths.items()}
+    return {site: kind for site, kind in found.items() if kind is not Exactness.EXACT}
 
 
 def _bounded(paths: Paths) -> frozenset[str]:
@@ -157,8 +182,10 @@ def _subsampled(structure: Structure) -> Refusal | None:
     return None
 
 
-def _caveat(bounded: Collection[str]) -> str:
-    return f"; {', '.join(sorted(bounded))} bounded from below" if bounded else ""
+def _caveat(bounded: Collection[str], learned: Paths) -> str:
+    told = f"; {', '.join(sorted(bounded))} bounded from below" if bounded else ""
+    ways = {site: path[-1] for site, path in learned.items() if path[-1].exactness is Exactness.SURROGATE}
+    return told + "".join(f"; {site} learned by {way.name}" for site, way in ways.items())
 
 
 def _why(groups: list[Group]) -> str:

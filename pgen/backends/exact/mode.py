@@ -20,6 +20,7 @@ from pgen.enumeration import enumerate_sites
 from pgen.errors import Refused
 from pgen.history import History
 from pgen.isolation import validating
+from pgen.learning import watched
 from pgen.parameters import Parameters
 from pgen.problem import Problem
 from pgen.run import Player, Run, Step
@@ -29,7 +30,7 @@ from pgen.structure import Structure
 _DRAWS = 9  # from the prior, to begin at their median
 
 
-def examine_mode(structure: Structure, paths: Paths) -> Offer | Refusal:
+def examine_mode(structure: Structure, paths: Paths, learned: Paths) -> Offer | Refusal:
     """Offer draws of the program only: a point is neither a posterior nor an evidence."""
     drawn = [s for s in structure.latents if not structure.sites[s].enumerable]
     for name in drawn:
@@ -43,7 +44,7 @@ def examine_mode(structure: Structure, paths: Paths) -> Offer | Refusal:
         )
         return Refusal(None, Capability.SAMPLE.value, why)
     why = f"the most probable values of {', '.join(drawn[:4]) or 'no latent'} are learned as parameters are"
-    return Offer({Query.SAMPLE: whole[1]}, Rank.POSSIBLE, why, names_of(whole[0]))
+    return Offer({Query.SAMPLE: whole[1]}, Rank.POSSIBLE, why, names_of(whole[0]), names_of(learned))
 
 
 class At(Messenger):
@@ -90,17 +91,21 @@ def fit_mode(
     problem: Problem, structure: Structure, parameters: Parameters, run: Run, max_table: int
 ) -> Mode:
     """Climb the joint density in the learned tensors and the continuous latents, on all rows at once."""
-    fitted = Mode(problem, structure, parameters)
+    fitted, problem = Mode(problem, structure, parameters), problem.learning
     with parameters.installed():
         points = _start(problem, structure)
     count = problem.rows or 1
 
     def loss(batch: Problem, step: Step) -> tuple[Tensor, Mapping[str, float | Tensor]]:
         with parameters.installed(step.training), validating(step.first):
-            return -_log_joint(batch, structure, points, max_table) / count, {}
+            return -_log_joint(batch, structure, points, max_table) / count, batch.told()
 
     if parameters.tensors:
-        player = Player({**parameters.tensors, **{f"mode of {k}": v for k, v in points.items()}}, loss)
+        player = Player(
+            {**parameters.tensors, **{f"mode of {k}": v for k, v in points.items()}},
+            loss,
+            watched(problem.learners),
+        )
         fitted.history = maximise(player, problem.whole(), structure, run, parameters.buffers)
     with parameters.installed(), torch.enable_grad():
         if points:

@@ -32,7 +32,9 @@ from pgen.backends.mcmc.rows import evidence_by_row, independent
 from pgen.backends.mcmc.samplers import KERNELS, Idle, Options, sampler_of
 from pgen.backends.mcmc.sizes import chains_for, draws_for, kernel_for, tried
 from pgen.backends.mcmc.unused import unused
-from pgen.capability import Estimate, Offer, Refusal
+from pgen.capability import Estimate, Exactness, Offer, Refusal
+from pgen.choice import weakest
+from pgen.conversion import exactness_of
 from pgen.density import Density
 from pgen.errors import OptionError
 from pgen.evaluation import Functions, functions_of
@@ -187,7 +189,10 @@ class MCMC:
     def fit(self, problem: Problem, structure: Structure, run: Run) -> Posterior:
         """Warm the chains up and draw."""
         fitted = self._sampled(problem, structure, run, run.directory)
-        answers = Posterior(fitted, partial(self._others, run, problem), partial(self._evidence, run))
+        found = self._needs(structure)
+        paths = {} if isinstance(found, Refusal) else found.paths
+        most = weakest(map(exactness_of, paths.values()))
+        answers = Posterior(fitted, partial(self._others, run, problem), partial(self._evidence, run, most))
         if run.steps != 0:
             audience = fitted.chains.members[0].audience
             audience.start(run, fitted.chains.warmup + fitted.draws)
@@ -212,13 +217,20 @@ class MCMC:
         return many(density, data, lambda target: self._sampler(options, target), chains, n, run.seed, lift)
 
     def _evidence(
-        self, run: Run, problem: Problem, structure: Structure, sampled: Callable[[], Sampled]
+        self,
+        run: Run,
+        most: Exactness,
+        problem: Problem,
+        structure: Structure,
+        sampled: Callable[[], Sampled],
     ) -> Estimate:
         found = self._needs(structure)
         if not independent(structure) or isinstance(found, Refusal):
-            return evidence(self.islands, sampled())
-        lift = run.precision in (None, "float64") and problem.device.type == "cpu"
-        return evidence_by_row(problem, structure, found.summed, self.islands, lift)
+            answer = evidence(self.islands, sampled())
+        else:
+            lift = run.precision in (None, "float64") and problem.device.type == "cpu"
+            answer = evidence_by_row(problem, structure, found.summed, self.islands, lift)
+        return replace(answer, kind=weakest([answer.kind, most]))
 
     def _others(
         self, run: Run, fitted: Problem, problem: Problem, structure: Structure, groups: int | None = None

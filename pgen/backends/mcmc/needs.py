@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch.distributions import biject_to, constraints
 
 from pgen.capability import Capability, Exactness, Offer, Query, Rank, Refusal
-from pgen.choice import Paths, drawing, learned_factor, names_of, require
+from pgen.choice import Paths, drawing, learned_factor, names_of, require, weakest
 from pgen.conversion import exactness_of
 from pgen.factoring import outside_plates
 from pgen.structure import Site, Structure
@@ -108,12 +108,20 @@ def _densities(structure: Structure, via: Mapping[str, str]) -> Paths | Refusal:
     """The conversions of sites that have no density by themselves, and of those that the user named."""
     own = {Capability.LOG_PROB, Capability.LOG_DENSITY}
     asked = {s.name for s in structure if not s.factor and (s.name in via or not own & s.capabilities)}
-    if not asked and not via:
+    loose = {s.name for s in structure if not s.factor and not s.improper and Capability.LOG_PROB not in s.capabilities}
+    if not asked and not via and not loose:
         return {}
     needed = [Capability.LOG_DENSITY]
     # A ratio of two random numbers accepts nothing rightly.
     paths = require(structure, latent=needed, observed=needed, via=via, random=False)
-    return paths if isinstance(paths, Refusal) else {s: p for s, p in paths.items() if s in asked}
+    if isinstance(paths, Refusal):
+        return paths
+    kept = {s: p for s, p in paths.items() if s in asked}
+    for name in loose:  # moves need no constant
+        path = kept.get(name, paths.get(name, ()))
+        if not any(c.gives is Capability.LOG_PROB for c in path):
+            kept[name] = (*path, structure.conversions.named("unnormalised"))
+    return kept
 
 
 def offer(structure: Structure, found: Needs, kernel: str, evidence: bool) -> Offer:
@@ -122,18 +130,17 @@ def offer(structure: Structure, found: Needs, kernel: str, evidence: bool) -> Of
     drawn = drawing(structure, found.paths)
     if drawn is not None:
         answers[Query.SAMPLE] = drawn[1]
-    weakest = min(
-        (exactness_of(p) for p in found.paths.values()), key=lambda e: e.strength, default=Exactness.EXACT
-    )
+    worst = weakest(exactness_of(path) for path in found.paths.values())
     if evidence and structure.observed:
-        unnormalised = structure.weighted or weakest is Exactness.UNNORMALIZED
+        unnormalised = structure.weighted or worst is Exactness.UNNORMALIZED
         answers[Query.LOG_PROB] = Exactness.UNNORMALIZED if unnormalised else Exactness.ESTIMATE
     answers[Query.POSTERIOR] = Exactness.ESTIMATE
     local = [s for s in found.moved if structure.local(s)]
     elements = sum(
         math.prod(structure.sites[s].batch_shape + structure.sites[s].event_shape) for s in found.moved
     )
-    small = weakest is Exactness.EXACT and not found.flipped and (not local or elements <= _MANY)
+    known = worst in (Exactness.EXACT, Exactness.UNNORMALIZED)  # a constant moves nothing
+    small = known and not found.flipped and (not local or elements <= _MANY)
     rank = Rank.IDEAL if small and structure.observed else Rank.POSSIBLE
     return Offer(answers, rank, _why(found, kernel, local), names_of(drawn[0] if drawn else found.paths))
 
@@ -160,7 +167,8 @@ def _listed(names: tuple[str, ...]) -> str:
 
 def _unusable(site: Site, structure: Structure, paths: Paths) -> Refusal | None:
     """A density known up to a constant serves only where that constant never changes."""
-    able = site.capabilities | {c.gives for c in paths.get(site.name, ())}
+    firm = [c for c in paths.get(site.name, ()) if c.exactness is not Exactness.UNNORMALIZED]
+    able = site.capabilities | {c.gives for c in firm}
     if site.factor or Capability.LOG_PROB in able:
         return None
     moving = [p for p in site.parents if p in structure.latents]

@@ -17,7 +17,8 @@ from pgen.algorithms.bounds import log_evidence
 from pgen.algorithms.estimators import local_cost
 from pgen.backends.variational.draws import drawn, marginals, pick, row_axis, rows_at_once, sizes, whole
 from pgen.backends.variational.joint import PARTICLES, Coupling
-from pgen.capability import Capability, Estimate, Exactness
+from pgen.capability import Estimate, Exactness
+from pgen.choice import weakest
 from pgen.draws import Draws
 from pgen.errors import DataError, Unanswerable
 from pgen.guides import Amortized, Automatic
@@ -54,12 +55,12 @@ class Posterior:
         evaluate: str,
         particles: int,
         correction: str,
-        exactness: Exactness = Exactness.EXACT,
+        inexact: Sequence[Exactness] = (),
     ) -> None:
-        """Keep what a fit settled; no log probability is more exact than `exactness`, whatever the latents."""
+        """Keep what a fit settled; no log probability is more exact than any of `inexact`, whatever the latents."""
         self.parameters, self.coupling, self.proposal, self.problem = parameters, coupling, proposal, problem
         self.evaluate, self.particles, self.correction = evaluate, particles, correction
-        self.exactness = exactness
+        self.inexact = inexact
         self.history = History()
 
     def tensors(self) -> Mapping[str, Tensor]:
@@ -88,15 +89,14 @@ class Posterior:
             log_w = torch.cat([self._log_weights(coupling, batch, tied) for batch in batches], 1)
         scalars = observed_scalars(problem, structure) * (problem.rows or 1 if tied else 1)
         common = {"measure": structure.measure, "dims": scalars or None}
-        proper = all(Capability.LOG_PROB in s.capabilities or problem.adapters.get(s.name) for s in structure)
-        loose = None if proper else Exactness.UNNORMALIZED
+        kinds = [Exactness.UNNORMALIZED] if structure.factors else list(self.inexact)
         if not self.coupling.order:
-            return Estimate(log_w[0], loose or self.exactness, **common)
+            return Estimate(log_w[0], weakest(kinds), **common)
         if self.evaluate == "bound":
             stderr = log_w.std(0) / log_w.shape[0] ** 0.5
-            kind = loose or Exactness.LOWER_BOUND
+            kind = weakest([Exactness.LOWER_BOUND, *kinds])
             return Estimate(log_w.mean(0), kind, stderr=stderr, particles=self.particles, **common)
-        found, kind = log_evidence(log_w), loose or Exactness.ESTIMATE
+        found, kind = log_evidence(log_w), weakest([Exactness.ESTIMATE, *kinds])
         khat = psis.psis(log_w).khat
         return Estimate(found.value, kind, stderr=found.stderr, khat=khat, particles=self.particles, **common)
 

@@ -15,11 +15,13 @@ from pgen.backends.variational.needs import needs, offer, summable
 from pgen.backends.variational.players import Players, Terms
 from pgen.backends.variational.settle import couple, settle, unsummable
 from pgen.backends.variational.simulate import as_observed, dreams
-from pgen.capability import Exactness, Offer, Query, Refusal
-from pgen.choice import refusal_text
+from pgen.capability import Offer, Refusal
+from pgen.choice import answering, refusal_text
+from pgen.conversion import exactness_of
 from pgen.errors import OptionError, ProgramError, Refused
 from pgen.guides.families import FAMILIES, Family
 from pgen.guides.proposal import Kind, Proposal, automatic, prior, users
+from pgen.learning import watched
 from pgen.parameters import Parameters
 from pgen.problem import Problem
 from pgen.registry import hookimpl
@@ -99,7 +101,7 @@ class Variational:
     evaluation_particles: int = 64
     correction: Literal["none", "importance"] = "none"
     enumerate: Literal["auto", "none"] = "auto"
-    via: Mapping[str, str] = field(default_factory=dict)
+    via: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuse values that options cannot have, and options that would do nothing."""
@@ -158,18 +160,23 @@ class Variational:
             guide=None if callable(self.guide) else self.guide,
             enumerated=self.enumerate == "auto",
             simulated=self.objective == "forward-kl",
+            valued=self.objective != "elbo",
         )
         if isinstance(found, Refusal):
             return found
         return offer(
-            structure, found, bound=self.evaluate == "bound", simulated=self.objective == "forward-kl"
+            structure,
+            found,
+            bound=self.evaluate == "bound",
+            simulated=self.objective == "forward-kl",
+            via=self.via,
         )
 
     def fit(self, problem: Problem, structure: Structure, run: Run) -> Posterior:
         """Learn the tensors of the program and of the guide."""
         asleep = self.objective == "forward-kl"
-        offered = self.examine(structure)
-        exactness = offered.answers.get(Query.LOG_PROB) if isinstance(offered, Offer) else None
+        paths = answering(structure, self.via)
+        inexact = () if isinstance(paths, Refusal) else tuple(map(exactness_of, paths.values()))
         if asleep:
             problem, structure = as_observed(problem, structure)
         proposal, summed = self._proposal(problem, structure)
@@ -180,7 +187,7 @@ class Variational:
         parameters = Parameters.of(few, owners=owners, run=lambda: (proposal.guide(few)(), few()))
         with parameters.installed():
             coupling = couple(proposal, structure, summed)
-            coupling = settle(coupling, few, analytic=self.objective == "elbo", particles=True)
+            coupling = settle(coupling, few.learning, analytic=self.objective == "elbo", particles=True)
         fitted = Posterior(
             parameters,
             coupling,
@@ -189,16 +196,17 @@ class Variational:
             self.evaluate,
             self.evaluation_particles,
             self.correction,
-            exactness or Exactness.EXACT,
+            inexact,
         )
-        players = Players(self._terms(coupling, self._several(coupling, problem, run)), parameters, coupling)
+        several = self._several(coupling, problem, run)
+        players = Players(self._terms(coupling, several), parameters, coupling, watched(problem.learners))
         if asleep:
             with parameters.installed():
                 data, loss = dreams(self.simulations, problem, coupling, proposal)
             fitted.history = run.optimize(players.asleep(few, loss), data, buffers=players.buffers)
         elif structure.observed:
             fitted.history = run.optimize(
-                players.of(few), problem, buffers=players.buffers, default_batch=_BATCH
+                players.of(few.learning), problem.learning, buffers=players.buffers, default_batch=_BATCH
             )
         return fitted
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from pgen.capability import Capability, Exactness, Offer, Query, Rank, Refusal
-from pgen.choice import drawing, learned_factor, names_of, require
+from pgen.capability import Exactness, Offer, Query, Rank, Refusal
+from pgen.choice import answering, drawing, learned_factor, learning, names_of, weakest
 from pgen.conversion import Conversion, exactness_of
 from pgen.errors import PgenError
 from pgen.factoring import outside_plates
@@ -23,40 +24,50 @@ class Needs:
 
     Attributes:
         paths: conversions by site.
+        learned: conversions by site while something is learned, where they are others.
         drawn: latents that the guide draws (as far as the structure tells).
         summed: latents that can be summed out exactly.
     """
 
     paths: Mapping[str, tuple[Conversion, ...]]
+    learned: Mapping[str, tuple[Conversion, ...]]
     drawn: tuple[str, ...]
     summed: tuple[str, ...]
 
 
 def needs(
-    structure: Structure, via: Mapping[str, str], *, guide: str | None, enumerated: bool, simulated: bool
+    structure: Structure,
+    via: Mapping[str, Any],
+    *,
+    guide: str | None,
+    enumerated: bool,
+    simulated: bool,
+    valued: bool = False,
 ) -> Needs | Refusal:
-    """A log probability at every site, and a guide for every latent that is not summed out."""
+    """A log probability at every site, and a guide for every latent that is not summed out.
+
+    Args:
+        structure: of the program.
+        via: conversions to go through, by site.
+        guide: its kind; None: the user's own.
+        enumerated: whether finite latents are summed out.
+        simulated: whether the guide is trained on simulations.
+        valued: whether the objective weighs draws by log probabilities, not only by their gradients.
+    """
     unlearnable = learned_factor(structure)
     if unlearnable is not None:
         return unlearnable
-    # Where the constant of a density depends on nothing, only the value of the bound suffers.
-    loose = {s.name for s in structure if _constant_is_free(s, structure)}
-    paths = require(structure, (Capability.LOG_PROB,), (Capability.LOG_PROB,), via)
+    paths = answering(structure, via)
     if isinstance(paths, Refusal):
-        if paths.site not in loose:
-            return paths
-        paths = require(structure, (Capability.LOG_DENSITY,), (Capability.LOG_DENSITY,), via)
-        if isinstance(paths, Refusal):
-            return paths
-        firm = next(
-            (s for s in structure if not s.factor and s.name not in loose and not _normalised(s)), None
-        )
-        if firm is not None:
-            return Refusal(
-                firm.name,
-                Capability.LOG_PROB.value,
-                f"{firm.distribution} at {firm.name!r} has no normalised density",
-            )
+        return paths
+    learned = learning(structure, via, paths)
+    if isinstance(learned, Refusal):
+        return learned
+    refusal = next(
+        (r for r in (_misweighed(s, structure, path, valued) for s, path in learned.items()) if r), None
+    )
+    if refusal is not None:
+        return refusal
     # What a user's guide leaves to be summed out is known only once it has run.
     summed = summable(structure) if guide and enumerated else ()
     drawn = tuple(s for s in structure.latents if s not in summed)
@@ -84,7 +95,7 @@ def needs(
             "a latent that the guide draws",
             "objective='forward-kl' trains a guide alone, and here is none to train",
         )
-    return Needs(paths, drawn, summed)
+    return Needs(paths, learned, drawn, summed)
 
 
 def summable(structure: Structure) -> tuple[str, ...]:
@@ -94,30 +105,26 @@ def summable(structure: Structure) -> tuple[str, ...]:
     return tuple(s for s in finite if s not in lost)
 
 
-def offer(structure: Structure, found: Needs, *, bound: bool, simulated: bool) -> Offer:
+def offer(
+    structure: Structure, found: Needs, *, bound: bool, simulated: bool, via: Mapping[str, Any]
+) -> Offer:
     """What is answered, and how exactly."""
     answers: dict[Query, Exactness] = {}
-    drawn = drawing(structure, found.paths)
+    drawn = drawing(structure, found.paths, via)
     if drawn is not None:
         answers[Query.SAMPLE] = drawn[1]
-    weakest = min(
-        (exactness_of(p) for p in found.paths.values()), key=lambda e: e.strength, default=Exactness.EXACT
-    )
-    if (
-        not all(_normalised(s) or found.paths.get(s.name) for s in structure if not s.factor)
-        or structure.factors
-    ):
-        weakest = Exactness.UNNORMALIZED
+    kinds = [exactness_of(path) for path in found.paths.values()]
+    if structure.factors:
+        kinds.append(Exactness.UNNORMALIZED)
     asked = Exactness.LOWER_BOUND if bound else Exactness.ESTIMATE
     if not found.drawn and not structure.factors:
         asked = Exactness.EXACT if structure.observed else asked
-    answers[Query.LOG_PROB] = min(asked, weakest, key=lambda e: e.strength)
+    answers[Query.LOG_PROB] = weakest([asked, *kinds])
     inferred = Exactness.ESTIMATE if found.drawn or structure.factors else Exactness.EXACT
     answers[Query.POSTERIOR] = answers[Query.MARGINALS] = inferred
-    if answers[Query.LOG_PROB] is Exactness.SURROGATE:
-        del answers[Query.LOG_PROB]
     paths = drawn[0] if drawn else found.paths
-    return Offer(answers, _rank(structure, found), _why(structure, found, simulated), names_of(paths))
+    why = _why(structure, found, simulated)
+    return Offer(answers, _rank(structure, found), why, names_of(paths), names_of(found.learned))
 
 
 def _rank(structure: Structure, found: Needs) -> Rank:
@@ -174,12 +181,26 @@ def _unguided(site: Site, structure: Structure, guide: str) -> Refusal | None:
     return None
 
 
-def _normalised(site: Site) -> bool:
-    return site.factor or Capability.LOG_PROB in site.capabilities
-
-
-def _constant_is_free(site: Site, structure: Structure) -> bool:
-    unnormalised = (
-        Capability.LOG_DENSITY in site.capabilities and Capability.LOG_PROB not in site.capabilities
+def _misweighed(name: str, structure: Structure, path: Any, valued: bool) -> Refusal | None:
+    """Why a surrogate cannot stand at a site: the constant that it leaves out differs between draws that are weighed."""
+    site = structure.sites[name]
+    above = [p for p in site.parents if p in structure.latents]
+    if exactness_of(path) is not Exactness.SURROGATE or not above:
+        return None
+    finite = [p for p in above if structure.sites[p].discrete]
+    if not finite and not valued:
+        return None
+    why = (
+        f"{site.distribution} at {name!r} is learned by {path[-1].name}, which has the gradient of the log probability and not its "
+        f"value, and its constant depends on {(finite or above)[0]!r}, "
     )
-    return unnormalised and not site.params and not {p for p in site.parents if p in structure.latents}
+    more = (
+        "which is discrete: draws of it are weighed by that value"
+        if finite
+        else "whose draws this objective weighs by that value"
+    )
+    return Refusal(
+        name,
+        "a log_prob whose value is right",
+        why + more + "; use objective='elbo' and continuous latents above it",
+    )

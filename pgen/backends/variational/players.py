@@ -41,9 +41,16 @@ class Terms:
 class Players:
     """Makes the players: one for a bound, two for wake-sleep where program and guide share no tensor."""
 
-    def __init__(self, terms: Terms, parameters: Parameters, coupling: Coupling) -> None:
+    def __init__(
+        self,
+        terms: Terms,
+        parameters: Parameters,
+        coupling: Coupling,
+        watched: Mapping[str, str] | None = None,
+    ) -> None:
         """Begin with baselines of zero."""
         self.terms, self.parameters, self.coupling = terms, parameters, coupling
+        self.watched = watched or {}
         device = next((t.device for t in parameters.tensors.values()), None)
         self.baselines = Baselines({s: torch.zeros((), device=device) for s in coupling.scored})
 
@@ -83,7 +90,7 @@ class Players:
         return {"guide": self._player(own, loss)}
 
     def _player(self, tensors: Mapping[str, Tensor], loss: Callable[[Problem, Step], Loss]) -> Player:
-        return Player(tensors, guarded(self.parameters, loss))
+        return Player(tensors, guarded(self.parameters, loss), self.watched)
 
     # --- one loss for all ---------------------------------------------------------------------------------
 
@@ -175,6 +182,7 @@ def guarded(parameters: Parameters, loss: Callable[[Problem, Step], Loss]) -> Ca
 
     def on(batch: Problem, step: Step) -> Loss:
         with validating(False), parameters.installed(training=step.training):
-            return loss(batch, step)
+            value, metrics = loss(batch, step)
+            return value, {**metrics, **batch.told()}
 
     return on
