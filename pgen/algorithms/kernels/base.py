@@ -32,8 +32,8 @@ class Tuning(NamedTuple):
 
     Attributes:
         step_size: `[]`.
-        scale: square root of the (estimated) posterior covariance: standard deviations `[d]` or a lower-triangular
-            Cholesky factor `[d, d]`.
+        scale: square root of the (estimated) posterior covariance: a standard deviation `[]`, one for each dimension
+            `[d]`, or a lower-triangular Cholesky factor `[d, d]`.
         length: `[]`; trajectory length in whitened time, for kernels whose trajectories have one.
     """
 
@@ -78,12 +78,12 @@ def untuned(position: Tensor, step_size: float = 0.1, length: float = 1.0) -> Tu
 
 def push(scale: Tensor, momentum: Tensor) -> Tensor:
     """From whitened coordinates to those of the position: `scale @ p`, for p `[..., d]`."""
-    return momentum * scale if scale.dim() == 1 else momentum @ scale.mT
+    return momentum * scale if scale.dim() < 2 else momentum @ scale.mT
 
 
 def pull(scale: Tensor, gradient: Tensor) -> Tensor:
     """A gradient by the position as a gradient by whitened coordinates: `scale.T @ g`, for g `[..., d]`."""
-    return gradient * scale if scale.dim() == 1 else gradient @ scale
+    return gradient * scale if scale.dim() < 2 else gradient @ scale
 
 
 def where(mask: Tensor, new: Any, old: Any) -> Any:

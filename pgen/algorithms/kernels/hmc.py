@@ -103,7 +103,7 @@ def leapfrog(
         p: whitened momenta `[C, d]`.
         gradient: of the log density at `q`, `[C, d]`.
         step_size: `[]`, `[C]` or `[C, 1]`.
-        scale: `[d]` or lower-triangular `[d, d]`; see `Tuning`.
+        scale: `[]`, `[d]` or lower-triangular `[d, d]`; see `Tuning`.
         target: the log density and its gradient.
     """
     return trajectory(Phase(q, p, gradient, q[:, 0]), step_size, scale, target, 1)
@@ -113,12 +113,16 @@ def trajectory(begin: Phase, step_size: Tensor, scale: Tensor, target: LogDensit
     """`steps` leapfrog steps, the half kicks between them joined; `step_size` `[]`, `[C]` or `[C, 1]`."""
     if step_size.dim() == 1:
         step_size = step_size.unsqueeze(-1)
+    diagonal = scale.dim() < 2
+    if diagonal:  # one product with the step size, and not two at every step
+        step_size = step_size * scale
     q, p, gradient, log_density = begin
-    p = torch.addcmul(p, step_size, pull(scale, gradient), value=0.5)
-    for left in range(steps - 1, -1, -1):
-        q = torch.addcmul(q, step_size, push(scale, p))
+    for n in range(steps):
+        force = gradient if diagonal else pull(scale, gradient)
+        p = torch.addcmul(p, step_size, force, value=1.0 if n else 0.5)
+        q = torch.addcmul(q, step_size, p if diagonal else push(scale, p))
         log_density, gradient = target(q)
-        p = torch.addcmul(p, step_size, pull(scale, gradient), value=1.0 if left else 0.5)
+    p = torch.addcmul(p, step_size, gradient if diagonal else pull(scale, gradient), value=0.5)
     return Phase(q, p, gradient, log_density)
 
 
@@ -153,8 +157,11 @@ def standard_normal(like: Tensor) -> Tensor:
     """Standard normal noise in the shape and type of `like`, drawn in single precision.
 
     Double-precision normals cost four times as much, more than the rest of a small kernel. 24 random bits leave the
-    law exact to 1e-7 up to 5.7 standard deviations.
+    law exact to 1e-7 up to 5.7 standard deviations. Of a matrix with its columns side by side in memory they are drawn
+    that way: torch fills what is not contiguous one number at a time.
     """
+    if like.dim() == 2 and like.stride(0) == 1 and not like.is_contiguous():
+        return standard_normal(like.mT).mT
     if like.dtype != torch.float64:
         return torch.randn_like(like)
     return torch.randn(like.shape, dtype=torch.float32, device=like.device).to(torch.float64)

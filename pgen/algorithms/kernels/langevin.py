@@ -38,7 +38,11 @@ class ULA:
     """The unadjusted Langevin algorithm: biased, and so useful only with small steps, or as a proposal.
 
     A chain stays where it is, and its step is reported as diverging, if log density or gradient are not finite at
-    the proposal.
+    the end of the step. A number that is not finite never becomes one again, so the gradients on the way were.
+
+    Attributes:
+        moves: of a step. The log density is of interest only after the last of them, and a recorded step leaves out
+            what computes it on the way; state and info are what they are after that many steps of one move.
 
     Example:
         >>> from pgen.algorithms.kernels.base import untuned
@@ -49,19 +53,31 @@ class ULA:
         tensor([1., 1., 1., 1.])
     """
 
+    moves: int = 1
+
+    def __post_init__(self) -> None:
+        if self.moves < 1:
+            raise ValueError(f"ULA(moves=...) is at least 1, got {self.moves}")
+
     def init(self, position: Tensor, target: LogDensity) -> State:
         """The state at positions `[C, d]`."""
         return initial(position, target)
 
     def step(self, state: State, tuning: Tuning, target: LogDensity) -> tuple[State, Info]:
-        """One step of every chain; recordable."""
-        _, end = _step(state, tuning, target)
+        """`moves` moves of every chain; recordable."""
+        end = state
+        for _ in range(self.moves):
+            phase = _step(end, tuning, target)[1]
+            end = State(phase.position, phase.log_density, phase.gradient)
         # A sum is finite only where its terms are.
         sound = (end.log_density + end.gradient.sum(-1)).isfinite()
-        kept = where(sound, State(end.position, end.log_density, end.gradient), state)
+        kept = where(sound, end, state)
         ones = torch.ones_like(kept.log_density)
         return kept, Info(
-            accept=sound.to(ones.dtype), energy=-kept.log_density, diverging=~sound, evaluations=ones
+            accept=sound.to(ones.dtype),
+            energy=-kept.log_density,
+            diverging=~sound,
+            evaluations=ones * self.moves,
         )
 
 

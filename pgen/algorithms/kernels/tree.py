@@ -190,7 +190,7 @@ class Leaf:
 
 def outwards(origin: Tensor, scale: Tensor, x: Tensor) -> Tensor:
     """From whitened coordinates around `origin` `[C, d]` to positions, `origin + scale x`; x `[C, d]`."""
-    return torch.addcmul(origin, x, scale) if scale.dim() == 1 else torch.addmm(origin, x, scale.mT)
+    return torch.addcmul(origin, x, scale) if scale.dim() < 2 else torch.addmm(origin, x, scale.mT)
 
 
 def planted(position: Tensor, log_density: Tensor, gradient: Tensor, scale: Tensor, levels: int) -> Tree:

@@ -19,6 +19,8 @@ from pgen.algorithms.record.tape import Op, Ref, Tape
 
 aten = torch.ops.aten
 
+_BY_SHAPE = {aten.randn_like.default: aten.randn.default, aten.rand_like.default: aten.rand.default}
+
 
 def apart(tape: Tape) -> tuple[Replay, Tape, list[int]]:
     """A replay of what draws; the tape of what is left; and the numbers that go from one to the other.
@@ -47,6 +49,25 @@ def apart(tape: Tape) -> tuple[Replay, Tape, list[int]]:
         replace(tape, constants=constants, ops=rest),
         drawn,
     )
+
+
+def by_shape(tape: Tape, values: Mapping[int, Tensor]) -> Tape:
+    """The tape with draws of so many numbers, in place of draws in the shape of a result, which then had to be there.
+
+    A second step's noise would wait for the first step, and so would all of that be left to torch.
+
+    Args:
+        tape: operations.
+        values: the tensors of a run of it.
+    """
+    ops = list[Op]()
+    for op in tape.ops:
+        found = values[op.out.index] if op.func in _BY_SHAPE else None
+        if found is not None and found.is_contiguous():
+            options = {"dtype": found.dtype, "device": found.device}
+            op = Op(_BY_SHAPE[op.func], (list(found.shape),), options, op.out)
+        ops.append(op)
+    return replace(tape, ops=ops)
 
 
 def with_masks(tape: Tape, values: Mapping[int, Tensor]) -> Tape:

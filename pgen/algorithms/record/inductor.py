@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from pgen.algorithms.record.compiling import Order
-from pgen.algorithms.record.draws import apart, with_masks
+from pgen.algorithms.record.draws import apart, by_shape, with_masks
 from pgen.algorithms.record.libraries import Libraries
 from pgen.algorithms.record.machine import processor
 from pgen.algorithms.record.products import with_products
@@ -107,7 +107,7 @@ class Task:
         with aside():
             trial = Trial.on(tape, inputs)
             values = trial.values(tape)
-            tape = with_masks(with_products(tape, values), values)
+            tape = by_shape(with_masks(with_products(tape, values), values), values)
             draws, rest, drawn = apart(tape)
             captured = tuple(rest.constants.values())
             with trial.copies() as copies:
