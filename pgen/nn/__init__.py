@@ -1,6 +1,8 @@
 """The few networks that programs and guides here need."""
 
+from pgen.nn.boltzmann import RBM, GaussianRBM
 from pgen.nn.conv import CausalConv, CausalConv2d
+from pgen.nn.deep_boltzmann import DeepBoltzmann
 from pgen.nn.denoisers import DenoiserMLP, EnergyDenoiser, Preconditioned
 from pgen.nn.embedding import NoiseEmbedding
 from pgen.nn.made import MADE, MaskedLinear
@@ -13,11 +15,14 @@ from pgen.nn.unet import UNet
 __all__ = [
     "MADE",
     "MLP",
+    "RBM",
     "CausalConv",
     "CausalConv2d",
+    "DeepBoltzmann",
     "DeepSet",
     "DenoiserMLP",
     "EnergyDenoiser",
+    "GaussianRBM",
     "MaskedLinear",
     "NoiseEmbedding",
     "Preconditioned",
