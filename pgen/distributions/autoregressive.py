@@ -42,7 +42,8 @@ class Autoregressive(TorchDistribution):
         context: what the law is conditioned on, shape `[*batch_shape, c]`, or None.
         order: a permutation of the flattened places, first drawn first; None for the raster order, or for
             `network.order` where the network has one.
-        validate_args: whether values are checked against the support; None for torch's default.
+        validate_args: whether the order is checked, and values against the support; None for torch's
+            default.
 
     Raises:
         OptionError: `order` is not a permutation of the places.
@@ -77,17 +78,16 @@ class Autoregressive(TorchDistribution):
         self.network = network
         self.head = head
         self.context = context
-        order = getattr(network, "order", None) if order is None else order
-        places = math.prod(event_shape)
-        if order is not None and sorted(order.tolist()) != list(range(places)):
-            raise OptionError(
-                f"Autoregressive: order {order.tolist()} is not a permutation of the {places} places of "
-                "event shape "
-                f"{tuple(event_shape)}; for a random order: order=torch.randperm({places})"
-            )
-        self.order = order
+        self.order = getattr(network, "order", None) if order is None else order
         batch_shape = Size() if context is None else context.shape[:-1]
         super().__init__(batch_shape, Size(event_shape), validate_args=validate_args)
+        # Reading the order keeps a loss from being recorded; it is done where all else is checked too.
+        places = math.prod(event_shape)
+        if self._validate_args and self.order is not None and sorted(self.order.tolist()) != [*range(places)]:
+            raise OptionError(
+                f"Autoregressive: order {self.order.tolist()} is not a permutation of the {places} places of "
+                f"event shape {tuple(event_shape)}; for a random order: order=torch.randperm({places})"
+            )
 
     @property
     def support(self) -> constraints.Constraint:

@@ -2,6 +2,7 @@
 
 from pgen.zoo.data import Data
 from pgen.zoo.diffusion import DenoisingDiffusion
+from pgen.zoo.energy import BoltzmannMachine, EnergyModel, JointEnergy
 from pgen.zoo.flow import SplineFlow
 from pgen.zoo.hmm import HMM
 from pgen.zoo.hvae import HVAE
@@ -10,6 +11,7 @@ from pgen.zoo.logistic_regression import logistic_regression
 from pgen.zoo.made import CausalImage, MaskedAutoencoder
 from pgen.zoo.mixture import Mixture
 from pgen.zoo.ppca import PPCA
+from pgen.zoo.trees import Tree, TreeMixture, chow_liu
 from pgen.zoo.vae import VAE, Encoder
 
 __all__ = [
@@ -17,15 +19,21 @@ __all__ = [
     "HVAE",
     "PPCA",
     "VAE",
+    "BoltzmannMachine",
     "CausalImage",
     "Data",
     "DenoisingDiffusion",
     "Encoder",
+    "EnergyModel",
+    "JointEnergy",
     "MaskedAutoencoder",
     "Measured",
     "Mixture",
     "SplineFlow",
+    "Tree",
+    "TreeMixture",
     "blur",
+    "chow_liu",
     "downsample",
     "fourier",
     "greyscale",

@@ -23,6 +23,8 @@ class MaskedAutoencoder(nn.Module):
         hidden: width of both hidden layers.
         dropout: share of hidden units left out at random while training.
         likelihood: see `VAE`; for levels only.
+        order: a permutation of the scalars, first drawn first; None for the order in which they stand. Programs
+            of several orders, their probabilities averaged, are better than each of them.
 
     Example:
         >>> from pyro import poutine
@@ -37,11 +39,14 @@ class MaskedAutoencoder(nn.Module):
         hidden: int = 512,
         dropout: float = 0.3,
         likelihood: Likelihood | None = None,
+        order: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.features = features
         self.head: Head = GaussianMixture(8) if levels is None else head_for(levels, likelihood)
-        self.network = MADE(features, self.head.size, levels=levels, hidden=(hidden, hidden), dropout=dropout)
+        self.network = MADE(
+            features, self.head.size, levels=levels, hidden=(hidden, hidden), dropout=dropout, order=order
+        )
 
     def forward(self, n: int) -> Tensor:
         """The program: `n` rows."""

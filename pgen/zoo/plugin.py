@@ -17,6 +17,7 @@ from pgen.zoo.logistic_regression import logistic_regression
 from pgen.zoo.made import CausalImage, MaskedAutoencoder
 from pgen.zoo.mixture import Mixture
 from pgen.zoo.ppca import PPCA
+from pgen.zoo.trees import TreeMixture
 from pgen.zoo.vae import VAE
 
 
@@ -33,6 +34,7 @@ def pgen_programs() -> Mapping[str, Callable[..., Any]]:
         "made": MaskedAutoencoder,
         "mixture": Mixture,
         "ppca": PPCA,
+        "trees": TreeMixture,
         "vae": VAE,
     }
 
