@@ -47,6 +47,7 @@ class Conversion:
         memory: from the law at a site, some of its data (`[n, *event]`, or None) and the site to what learning by it
             keeps: a module, whose parameters are learned with those of the program and whose buffers are its state.
             Methods find it as `law.memories[name]`.
+        doubt: from the law as it was learned by it, and the metrics of the site, to what is suspicious; None: nothing is.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Conversion:
     purpose: Purpose | None = None
     unless: Callable[[Any, Any], str | None] = _always
     memory: Callable[[Any, Tensor | None, Any], nn.Module] | None = None
+    doubt: Callable[[Any, Mapping[str, Tensor]], str | None] | None = None
 
     def convert(self, distribution: dist.Distribution) -> dist.Distribution:
         """The distribution with the further capability."""

@@ -396,7 +396,7 @@ def _less(first: Estimate, log_z: Normaliser, copies: int) -> Estimate:
     if log_z.error is not None:
         mine = (copies * log_z.error).to(value).expand_as(value)
         solver = mine if solver is None else solver + mine
-    ends = {}
+    ends: dict[str, Any] = {}
     for end, own, other in (("lower", first.lower, log_z.upper), ("upper", first.upper, log_z.lower)):
         if other is not None:
             ends[end] = (value if own is None else own) + (copies * (log_z.value - other)).to(value)

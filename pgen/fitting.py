@@ -84,7 +84,31 @@ def fit(
         problem = _adapted(problem, structure, chosen, offer)
         torch.manual_seed(seed)
         answers = chosen.fit(problem, structure, replace(run, seed=seed))
-    return Fitted(problem, structure, chosen, offer, answers, seed, run.precision)
+    fitted = Fitted(problem, structure, chosen, offer, answers, seed, run.precision)
+    _warn_of_doubts(fitted, answers)
+    return fitted
+
+
+class Doubtful(UserWarning):
+    """What was learned at a site looks wrong: its history says how."""
+
+
+def _warn_of_doubts(fitted: Fitted, answers: Any) -> None:
+    """Let the conversions that sites were learned by look at what came of it."""
+    history = fitted.history
+    for site, learner in fitted.problem.learners.items():
+        if (
+            fitted.structure.sites[site].parents or fitted.structure.sites[site].inputs
+        ):  # a law for every value of these
+            continue
+        found = {k.partition(".")[2]: v for k, v in history.metrics.items() if k.startswith(f"{site}.")}
+        for conversion in learner.path if history.steps else ():
+            told = conversion.doubt(fitted.law(site), found) if conversion.doubt is not None else None
+            if told is not None:
+                history = replace(history, warnings=(*history.warnings, f"site {site!r}: {told}"))
+                warnings.warn(history.warnings[-1], Doubtful, stacklevel=3)
+    if history is not fitted.history:
+        answers.history = history
 
 
 def _adapted(problem: Problem, structure: Structure, backend: Backend, offer: Offer) -> Problem:

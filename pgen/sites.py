@@ -220,9 +220,14 @@ def density_of(fn: Any, capabilities: frozenset[Capability]) -> Callable[[Tensor
     """The log density of a distribution, normalised or not; None where it has neither."""
     if Capability.LOG_PROB in capabilities:
         return fn.log_prob
-    if Capability.LOG_DENSITY in capabilities:
-        return getattr(fn, "log_density", fn.log_prob)
-    return None
+    if Capability.LOG_DENSITY not in capabilities:
+        return None
+    if isinstance(fn, torch.distributions.Independent):
+        inner, dims = density_of(fn.base_dist, capabilities), fn.reinterpreted_batch_ndims
+        return inner if inner is None or not dims else lambda value: inner(value).sum(list(range(-dims, 0)))
+    if isinstance(fn, dist.MaskedDistribution):
+        return density_of(fn.base_dist, capabilities)
+    return getattr(fn, "log_density", None) or fn.log_prob
 
 
 def only(labels: Any, kind: str) -> frozenset[str]:
@@ -315,6 +320,11 @@ def _check_value(name: str, fn: Any, value: Tensor) -> None:
                 seen = (
                     f"; or leave {name!r} latent and say what was seen of it, pyro.sample('seen', dist.Normal("
                     f"{name}[..., there], 0.05).to_event(1)), which a posterior then fills in"
+                )
+            if Capability.LOG_DENSITY in capabilities_of(law):
+                seen = (
+                    f"; or draw what is missing given the rest, whose law is fitted.law({name!r}).given(value), by "
+                    "pyro.sample('rest', ...) in a program of its own"
                 )
             raise DataError(
                 f"site {name!r}: {len(partly)} of its observed events are missing in part (NaN), the first at index "

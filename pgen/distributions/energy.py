@@ -11,11 +11,12 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Size, Tensor
 from torch.distributions import constraints
+from torch.types import _size
 
 from pgen.algorithms.energy.space import Space
 from pgen.capability import Capability, capabilities_of
 from pgen.distributions.rows import call_on_rows, expand_context
-from pgen.errors import Intractable, OptionError, ProgramError
+from pgen.errors import DataError, Intractable, OptionError, ProgramError
 from pgen.handlers import Lent
 
 _LISTED = 2**12  # values of a finite support that are listed
@@ -42,7 +43,7 @@ class Energy(TorchDistribution):
         event_shape: shape of one value.
         base: a distribution over such values, with a density; None: a flat one.
         support: where values live: `constraints.real`, `boolean`, `integer_interval(0, K - 1)`, ... or
-            `constraints.cat([...], lengths=[...])` of several, for values of shape `(D,)`. None: that of the base,
+            `constraints.cat([...], dim=-1, lengths=[...])` of several, for values of shape `(D,)`. None: that of the base,
             or real.
         context: what the energy is conditioned on, shape `[*batch_shape, c]`, or None.
         validate_args: whether `log_density` checks that values lie in the support.
@@ -89,6 +90,7 @@ class Energy(TorchDistribution):
         batch_shape = torch.broadcast_shapes(*lead)
         #: Whether there are several laws, each with a constant of its own.
         self.conditional = bool(batch_shape)
+        self._written: Any = self  # before any expansion
         super().__init__(batch_shape, event_shape, validate_args=validate_args)
 
     @property
@@ -99,6 +101,8 @@ class Energy(TorchDistribution):
             found.add(Capability.ENUMERATE)
         if self._knows_partition():
             found.add(Capability.LOG_PROB)
+            if callable(getattr(self.energy, "sample", None)):
+                found.add(Capability.SAMPLE)
         return frozenset(found)
 
     @property
@@ -115,7 +119,7 @@ class Energy(TorchDistribution):
     @property
     def single(self) -> Energy:
         """The law of one value, of empty batch shape, where all values have the same; else the law itself. It checks nothing."""
-        twin = self.expand(self.batch_shape if self.conditional else Size())
+        twin = self.expand(self.batch_shape) if self.conditional else self._written.expand(Size())
         twin._validate_args = False
         return twin
 
@@ -123,7 +127,7 @@ class Energy(TorchDistribution):
         """The same law, its batch shape broadcast to another."""
         new: Any = self._get_checked_instance(Energy, _instance)
         new.energy, new.base, new._support, new.space = self.energy, self.base, self._support, self.space
-        new.conditional = self.conditional
+        new.conditional, new._written = self.conditional, self._written
         new.context = expand_context(self.context, Size(batch_shape))
         TorchDistribution.__init__(new, Size(batch_shape), self.event_shape, validate_args=False)
         new._validate_args = self._validate_args
@@ -135,6 +139,7 @@ class Energy(TorchDistribution):
         new.energy = Lent(self.energy, context)
         within: Callable[..., Any] | None = getattr(self.base, "within", None)
         new.base = self.base if within is None else within(context)
+        new._written = new if self._written is self else self._written.within(context)
         return new
 
     def log_density(self, value: Tensor) -> Tensor:
@@ -185,6 +190,77 @@ class Energy(TorchDistribution):
             )
         return self.log_density(value) - normaliser
 
+    def given(self, value: Tensor) -> Energy:
+        """The law of what is missing in a value, given the rest: an energy over the missing numbers alone.
+
+        Args:
+            value: shape `[*batch, *event_shape]`; NaN where it is missing, in the same places in all rows.
+
+        Returns:
+            Of event shape `(missing,)`, in the order of the flattened event, and batch shape `[*batch]`.
+
+        Raises:
+            DataError: nothing or everything is missing, or not the same in all rows.
+            OptionError: the numbers of the support cannot be taken apart (a simplex), or the law has a context.
+
+        Example:
+            >>> law = Energy(lambda x: (x[..., 0] - x[..., 1]).square(), (2,))
+            >>> rest = law.given(torch.tensor([3.0, torch.nan]))
+            >>> rest.log_density(torch.tensor([[3.0], [5.0]]))
+            tensor([-0., -4.])
+        """
+        if self.conditional or any(part.constraint.event_dim for part in self.space.parts):
+            raise OptionError(
+                f"Energy{tuple(self.event_shape)}.given: expected one law, whose numbers can be missing one by one; this one is "
+                f"{'conditional' if self.conditional else f'on {self._support}'}"
+            )
+        size = self.event_shape.numel()
+        lead = value.shape[: value.ndim - len(self.event_shape)]
+        flat = value.reshape(-1, size)
+        missing = flat[0].isnan()
+        if not bool((flat.isnan() == missing).all()) or bool(missing.all()) or not bool(missing.any()):
+            raise DataError(
+                f"Energy{tuple(self.event_shape)}.given: expected values with NaN in the same places of all rows, some and not "
+                f"all; got {int(flat.isnan().sum())} of {flat.numel()}"
+            )
+        single, (there,), (gone,) = (
+            self.single,
+            (~missing).nonzero(as_tuple=True),
+            missing.nonzero(as_tuple=True),
+        )
+        place = torch.cat([there, gone]).argsort()
+
+        def energy(rest: Tensor, seen: Tensor) -> Tensor:
+            return -single.log_density(torch.cat([seen, rest], -1)[..., place].reshape(-1, *self.event_shape))
+
+        pieces = [(p.constraint, int(missing[p.start : p.start + p.size].sum())) for p in self.space.parts]
+        held = [(constraint, count) for constraint, count in pieces if count]
+        support = (
+            held[0][0]
+            if len(held) == 1
+            else constraints.cat(
+                [constraint for constraint, _ in held], dim=-1, lengths=[count for _, count in held]
+            )
+        )
+        seen = flat[:, there].reshape(*lead, len(there))
+        return Energy(energy, (len(gone),), support=support, context=seen)
+
+    @torch.no_grad()
+    def sample(self, sample_shape: _size = ()) -> Tensor:
+        """Exact draws, where the energy has them, `[*sample_shape, *batch_shape, *event_shape]`.
+
+        Raises:
+            Intractable: it has not.
+        """
+        if Capability.SAMPLE not in self.capabilities:
+            raise Intractable(
+                f"Energy{tuple(self.event_shape)} has no exact draws; pgen.fit(program, None, 'exact').sample(n) draws by chains, "
+                "'mcmc' by any of its kernels"
+            )
+        shape = Size(sample_shape) + self.batch_shape
+        energy: Any = self.energy
+        return energy.sample(shape.numel()).reshape(shape + self.event_shape)
+
     def enumerate_support(self, expand: bool = True) -> Tensor:
         """All values, `[K, *batch_shape, *event_shape]`, or `[K, 1, ..., *event_shape]`.
 
@@ -208,10 +284,10 @@ def _unchecked(law: Any) -> Any:
     """A law, and those that it is made of, that take any value: a check would look at every value of every chain."""
     if not isinstance(law, torch.distributions.Distribution):
         return law
-    twin = copy.copy(law)
-    twin._validate_args = False
+    twin: Any = copy.copy(law)
     if "base_dist" in vars(twin):
         twin.base_dist = _unchecked(twin.base_dist)
+    twin._validate_args = False  # last: Pyro hands it on to the law inside
     return twin
 
 

@@ -14,7 +14,7 @@ from torch import Size, Tensor
 from pgen.algorithms.energy.draws import LongRun
 from pgen.capability import Capability, Exactness
 from pgen.conversion import Conversion
-from pgen.distributions.energy_learning import conditional, on_rows, space_of, start_of, unmovable
+from pgen.distributions.energy_learning import conditional, on_rows, space_of, start_of, sweep_of, unmovable
 from pgen.registry import hookimpl
 
 Methods = Mapping[str, Callable[..., Any]]
@@ -43,14 +43,13 @@ def drawn_by(how: LongRun, *, name: str = "chains", cost: float = 500.0) -> Conv
             n = lead.numel()
             each = lead if conditional(law) else Size((min(n, how.chains),))
             start, reference = start_of(law, each)
-            sweep = getattr(getattr(law, "energy", None), "sweep", None)
             drawn = how(
                 on_rows(law, each),
                 start,
                 space_of(law),
                 n,
                 reference=reference,
-                sweep=sweep if getattr(law, "base", None) is None else None,
+                sweep=sweep_of(law),
             )
             return drawn.reshape(lead + law.event_shape)
 

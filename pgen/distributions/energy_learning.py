@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import constraints
 
 from pgen.algorithms.energy.contrastive import (
     Chained,
@@ -30,12 +31,18 @@ from pgen.algorithms.energy.discrepancy import ConditionalNoiseContrastive, Ener
 from pgen.algorithms.energy.likelihoods import PseudoLikelihood, RatioMatching
 from pgen.algorithms.energy.matching import DenoisingScoreMatching, ScoreMatching, SlicedScoreMatching
 from pgen.algorithms.energy.noise_contrastive import NoiseContrastive
+from pgen.algorithms.energy.reference import Reference, closest
 from pgen.algorithms.energy.space import Space
 from pgen.capability import Capability, Exactness, capabilities_of
-from pgen.conversion import Conversion
+from pgen.conversion import Conversion, Converted
+from pgen.distributions.energy import Energy
 from pgen.registry import hookimpl
 
 _IMAGINED = 256  # draws that a memory is made from where there are no data
+_WAYS = 64  # directions in which it is looked whether a density falls off
+_FAR = (1e3, 1e6)
+_WIDER = 1.2  # than the data: a law that chains may leap to
+_WIDE, _STUCK = 5.0, 0.05
 
 
 class Memory(nn.Module):
@@ -71,11 +78,13 @@ def learned_by(objective: Any, *, name: str | None = None, cost: float = 100.0) 
         space, single = space_of(law), not conditional(law)
         seen = _imagined(law, space) if data is None else data
         options: dict[str, Any] = {"conditional": not single}
-        base = getattr(law, "base", None)
-        if data is None and single and base is not None and _drawable(base):
-            options["reference"] = _Base(base)
-        sweep = getattr(getattr(law, "energy", None), "sweep", None)
-        if sweep is not None and base is None and isinstance(objective, Chained):
+        base = base_of(law)
+        if single and base is not None and _drawable(base):
+            known = _Base(base)
+            if data is None or closest(seen, Reference(seen, space, widen=_WIDER), known) is known:
+                options["reference"] = known
+        sweep = sweep_of(law)
+        if sweep is not None and isinstance(objective, Chained):
             options["sweep"] = sweep
         return Memory(objective.memory(seen, space, **options), data is not None)
 
@@ -99,6 +108,7 @@ def learned_by(objective: Any, *, name: str | None = None, cost: float = 100.0) 
         purpose="learning",
         unless=_unless(objective),
         memory=memory,
+        doubt=doubt,
     )
 
 
@@ -123,6 +133,50 @@ def surrogate(law: Any, value: Tensor, objective: Any, memory: Memory) -> Tensor
         return total
     along = ((value - value.detach()) * slope).reshape(*lead, math.prod(event)).sum(-1)
     return total + along
+
+
+@torch.no_grad()
+def doubt(law: Any, metrics: Mapping[str, Tensor]) -> str | None:
+    """What is suspicious about an energy that was learned: it does not fall off far from the data, or its chains are elsewhere.
+
+    Args:
+        law: as it was learned.
+        metrics: of its site, by step.
+    """
+    space = space_of(law)
+    real = (
+        bool(space.dims)
+        and not space.cardinalities
+        and all(p.constraint is constraints.real for p in space.parts)
+    )
+    if real and not conditional(law):
+        generator = torch.Generator().manual_seed(0)
+        like = next((t for t in tensors_of(law) if t.is_floating_point()), torch.empty(0))
+        way = torch.randn(_WAYS, space.dims, generator=generator).to(like)
+        way = way / way.norm(dim=1, keepdim=True) * space.dims**0.5
+        f, none = on_rows(law, torch.Size()), torch.empty(_WAYS, 0, dtype=torch.long, device=way.device)
+        near, far = (f(space.together(reach * way, none)).double() for reach in _FAR)
+        rising = ~(far < near)
+        if bool(rising.any()):
+            return (
+                f"far from the data its log density does not fall off: from {_FAR[0]:g} to {_FAR[1]:g} times the unit vector it rises in "
+                f"{int(rising.sum())} of {_WAYS} random directions, so that it has no finite integral (the energy is unbounded "
+                "below). Give Energy(..., base=dist.Normal(...).to_event(1)), or an energy that grows, as pgen.nn.MLPEnergy does"
+            )
+    last = {
+        name: float(values[-max(1, len(values) // 10) :].double().mean()) for name, values in metrics.items()
+    }
+    if last.get("spread", 1.0) > _WIDE:
+        return (
+            f"its chains spread {last['spread']:.1f} times as wide as the data: it has mass far from them. Take more steps of "
+            "training, a base near the data, or via='persistent-contrastive-divergence'"
+        )
+    if last.get("accept", 1.0) < _STUCK:
+        return (
+            f"its chains hardly move (acceptance {last['accept']:.2g}), so that what they say is that of where they began; "
+            "a smaller learning rate, or regularisation=0.1 of the objective, keeps the energy smoother"
+        )
+    return None
 
 
 def on_rows(law: Any, lead: torch.Size) -> Callable[[Tensor], Tensor]:
@@ -177,10 +231,22 @@ def _drawable(base: Any) -> bool:
 
 def _imagined(law: Any, space: Space) -> Tensor:
     """Values to begin with where there are no data: of the base, or of a standard normal law."""
-    base = getattr(law, "base", None)
+    base = base_of(law)
     if base is not None and _drawable(base):
         return base.sample((_IMAGINED,)).reshape(-1, *law.event_shape)
     return space.together(*space.uniform(_IMAGINED, torch.empty(0)))
+
+
+def base_of(law: Any) -> Any:
+    """What an energy tilts; None, if it is flat."""
+    while isinstance(law, Converted):
+        law = law.base
+    return law.base if isinstance(law, Energy) else None
+
+
+def sweep_of(law: Any) -> Callable[[Tensor], Tensor] | None:
+    """The Gibbs sweep that an energy knows itself, which is one of its law where it tilts nothing."""
+    return getattr(getattr(law, "energy", None), "sweep", None) if base_of(law) is None else None
 
 
 def start_of(law: Any, lead: torch.Size) -> tuple[Tensor, Any]:
@@ -189,7 +255,7 @@ def start_of(law: Any, lead: torch.Size) -> tuple[Tensor, Any]:
     Chains that learning left behind come first, then draws of the base, then standard normal coordinates.
     """
     space, n = space_of(law), lead.numel()
-    base = getattr(law, "base", None)
+    base = base_of(law)
     law_of_leaps = _Base(base) if base is not None and _drawable(base) else None
     for memory in getattr(law, "memories", {}).values():
         chains: Tensor | None = getattr(getattr(memory, "inner", None), "position", None)

@@ -15,13 +15,22 @@ from torch import Size, Tensor
 from pgen.algorithms.energy.annealed import Annealing
 from pgen.algorithms.energy.draws import LongRun
 from pgen.algorithms.energy.quadrature import quadrature
-from pgen.algorithms.energy.reference import Reference
+from pgen.algorithms.energy.reference import Reference, closest
 from pgen.algorithms.energy.route import Own, Tilted
 from pgen.algorithms.energy.sums import enumerated
 from pgen.algorithms.energy.walks import Usual
 from pgen.capability import Capability, Exactness
 from pgen.conversion import Conversion, Normaliser
-from pgen.distributions.energy_learning import on_rows, space_of, start_of, tensors_of, unmovable
+from pgen.distributions.energy_learning import (
+    base_of,
+    on_rows,
+    space_of,
+    start_of,
+    sweep_of,
+    tensors_of,
+    unmovable,
+)
+from pgen.errors import Unanswerable
 from pgen.registry import hookimpl
 
 _PROBES = 16
@@ -79,7 +88,12 @@ def kept(law: Any, name: str, compute: Compute) -> Normaliser:
         density = on_rows(law, Size((_PROBES,)))(space.together(q, z)).double()
         found = law.found.get(name)
         if found is None or not torch.allclose(found.probes, density, rtol=1e-5, atol=1e-6, equal_nan=True):
-            found = compute(law)._replace(probes=density)
+            try:
+                found = compute(law)._replace(probes=density)
+            except (ValueError, RuntimeError) as error:
+                raise Unanswerable(
+                    f"log Z of {type(law.base).__name__}{tuple(law.event_shape)} by {name}: {error}"
+                ) from error
             law.found[name] = found
     return found
 
@@ -87,7 +101,7 @@ def kept(law: Any, name: str, compute: Compute) -> Normaliser:
 def like_of(law: Any) -> Tensor:
     """An empty tensor of the type and on the device of a law's values."""
     held = next((t for t in tensors_of(law) if t.is_floating_point()), None)
-    base = getattr(law, "base", None)
+    base = base_of(law)
     if held is None and base is not None:
         held = next((t for t in vars(base).values() if isinstance(t, Tensor) and t.is_floating_point()), None)
     return torch.empty(0) if held is None else held.detach().new_empty(0)
@@ -117,15 +131,14 @@ def annealed_by(
 
     def compute(law: Any) -> Normaliser:
         space, density = space_of(law), on_rows(law, Size())
-        plain = getattr(law, "base", None) is None
         start, reference = start_of(law, Size((draws.chains,)))
-        sweep = getattr(law.energy, "sweep", None) if plain and hasattr(law, "energy") else None
-        drawn = draws(density, start, space, draws.chains, reference=reference, sweep=sweep)
-        tempered = getattr(law.energy, "tempered", None) if plain and hasattr(law, "energy") else None
+        drawn = draws(density, start, space, draws.chains, reference=reference, sweep=sweep_of(law))
+        flat = base_of(law) is None
+        tempered = getattr(getattr(law, "energy", None), "tempered", None) if flat else None
         if tempered is not None:
             route: Any = Own(tempered)
         else:
-            known = Reference(drawn, space, widen=_WIDER) if reference is None else reference
+            known = closest(drawn, Reference(drawn, space, widen=_WIDER), reference)
             route = Tilted(known, density, Usual(space).walk())
         found = how.run(route, drawn)
         return Normaliser(found.log_z, found.stderr, found.lower, found.upper)
@@ -173,7 +186,7 @@ CONVERSIONS: tuple[Conversion, ...] = (
     ),
     normalised_by("enumeration", _summed, Exactness.EXACT, 50.0, _not_summed),
     normalised_by("enumeration-likelihood", _summed, Exactness.SURROGATE, 1000.0, _not_summed, "learning"),
-    annealed_by(Annealing(), LongRun()),
+    annealed_by(Annealing(chains=1000, most=1000), LongRun(chains=500)),
 )
 
 

@@ -33,7 +33,7 @@ def call_on_rows(
     else:
         wide = context.expand(*lead, context.shape[-1]).reshape(-1, context.shape[-1])
         result = network(rows, wide)
-    return result.reshape(*lead, *result.shape[1:])
+    return result.reshape((*lead, *result.shape[1:]))
 
 
 def expand_context(context: Tensor | None, batch_shape: Size) -> Tensor | None:

@@ -190,8 +190,7 @@ class MCMC:
         """Warm the chains up and draw."""
         fitted = self._sampled(problem, structure, run, run.directory)
         found = self._needs(structure)
-        paths = {} if isinstance(found, Refusal) else found.paths
-        most = weakest(map(exactness_of, paths.values()))
+        most = weakest(() if isinstance(found, Refusal) else map(exactness_of, found.paths.values()))
         answers = Posterior(fitted, partial(self._others, run, problem), partial(self._evidence, run, most))
         if run.steps != 0:
             audience = fitted.chains.members[0].audience

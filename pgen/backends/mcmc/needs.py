@@ -108,7 +108,11 @@ def _densities(structure: Structure, via: Mapping[str, str]) -> Paths | Refusal:
     """The conversions of sites that have no density by themselves, and of those that the user named."""
     own = {Capability.LOG_PROB, Capability.LOG_DENSITY}
     asked = {s.name for s in structure if not s.factor and (s.name in via or not own & s.capabilities)}
-    loose = {s.name for s in structure if not s.factor and not s.improper and Capability.LOG_PROB not in s.capabilities}
+    loose = {
+        s.name
+        for s in structure
+        if not s.factor and not s.improper and Capability.LOG_PROB not in s.capabilities
+    }
     if not asked and not via and not loose:
         return {}
     needed = [Capability.LOG_DENSITY]

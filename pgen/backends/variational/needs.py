@@ -63,11 +63,10 @@ def needs(
     learned = learning(structure, via, paths)
     if isinstance(learned, Refusal):
         return learned
-    refusal = next(
-        (r for r in (_misweighed(s, structure, path, valued) for s, path in learned.items()) if r), None
-    )
-    if refusal is not None:
-        return refusal
+    for name, path in learned.items():
+        refusal = _misweighed(name, structure, path, valued)
+        if refusal is not None:
+            return refusal
     # What a user's guide leaves to be summed out is known only once it has run.
     summed = summable(structure) if guide and enumerated else ()
     drawn = tuple(s for s in structure.latents if s not in summed)

@@ -1,0 +1,325 @@
+"""Energies under every likelihood backend, against closed forms: learned, weighed, drawn, conditioned, refused."""
+
+import math
+import warnings
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import nn
+from torch.distributions import constraints
+
+import pgen
+from pgen.algorithms.energy.contrastive import PersistentContrastiveDivergence
+from pgen.capability import Capability, Exactness, Query
+from pgen.distributions import Energy
+from pgen.distributions.energy_learning import learned_by
+from pgen.fitting import Doubtful
+from pgen.nn import RBM
+from pgen.testing.statistics import assert_estimate, assert_frequencies, assert_mean
+
+torch.manual_seed(0)
+DATA = {"x": 1.0 + 0.5 * torch.randn(2000, 1, generator=torch.Generator().manual_seed(7))}
+MEAN, SD = float(DATA["x"].mean()), float(DATA["x"].std(unbiased=False))
+RUN = pgen.Run(steps=400, lr=0.02, batch_size=500, progress=False)
+WAYS = (
+    "persistent-contrastive-divergence",
+    "contrastive-divergence",
+    "short-run",
+    "noise-contrastive",
+    "conditional-noise-contrastive",
+    "score-matching",
+    "sliced-score-matching",
+    "denoising-score-matching",
+    "energy-discrepancy",
+    "quadrature-likelihood",
+)
+
+
+class Parabola(nn.Module):
+    """x ~ exp(-a (x - b)^2 / 2): a Gaussian, known only as an energy."""
+
+    def __init__(self, a=1.0, b=0.0):
+        super().__init__()
+        self.log_a, self.b = nn.Parameter(torch.tensor(math.log(a))), nn.Parameter(torch.tensor(b))
+
+    def energy(self, x):
+        return self.log_a.exp() * (x[..., 0] - self.b).square() / 2
+
+    def forward(self, n):
+        with pyro.plate("data", n):
+            pyro.sample("x", Energy(self.energy, (1,)))
+
+
+def fixed(program):
+    for parameter in program.parameters():
+        parameter.requires_grad_(False)
+    return program
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_finds_the_gaussian(way):
+    run = pgen.Run(steps=60, lr=0.2, progress=False) if way == "quadrature-likelihood" else RUN
+    fitted = pgen.fit(Parabola(), DATA, pgen.backend("exact", via={"x": way}), run=run)
+    a, b = (float(fitted.parameters[name]) for name in ("log_a", "b"))
+    assert abs(b - MEAN) < 0.06
+    assert abs(math.exp(-a / 2) - SD) < (0.06 if way != "energy-discrepancy" else 0.12)
+    estimate = fitted.log_prob()
+    expected = dist.Normal(b, math.exp(-a / 2)).log_prob(DATA["x"][:, 0])
+    torch.testing.assert_close(estimate.value, expected, rtol=1e-3, atol=1e-3)
+    assert estimate.kind == "estimate"
+    assert estimate.solver_error is not None
+
+
+def test_draws_are_those_of_what_was_learned():
+    fitted = pgen.fit(Parabola(), DATA, "exact", run=RUN)
+    drawn = fitted.sample(2000, seed=1)["x"]
+    a, b = (float(fitted.parameters[name]) for name in ("log_a", "b"))
+    assert abs(float(drawn.mean()) - b) < 5 * math.exp(-a / 2) / math.sqrt(1000)
+    assert abs(float(drawn.std()) - math.exp(-a / 2)) < 0.05
+    assert {"x.accept", "x.energy_gap", "x.spread", "x.age", "x.escaped"} <= fitted.history.metrics.keys()
+    assert 0.3 < float(fitted.history["x.accept"][-1]) < 0.97
+
+
+def test_a_fit_is_repeated_by_its_seed_and_survives_a_file(tmp_path):
+    one, two = (
+        pgen.fit(Parabola(), DATA, "exact", run=pgen.Run(steps=30, progress=False), seed=3) for _ in range(2)
+    )
+    assert all(torch.equal(v, two.parameters[k]) for k, v in one.parameters.items())
+    one.save(tmp_path / "fit")
+    again = pgen.load(tmp_path / "fit", Parabola())
+    torch.testing.assert_close(again.log_prob().value, one.log_prob().value)
+    assert torch.equal(again.sample(10, seed=0)["x"], one.sample(10, seed=0)["x"])  # chains are saved too
+
+
+def test_hyperparameters_are_those_of_an_object():
+    way = learned_by(PersistentContrastiveDivergence(chains=64, steps=2))
+    backend = pgen.backend("exact", via={"x": way})
+    fitted = pgen.fit(Parabola(), DATA, backend, run=pgen.Run(steps=5, progress=False))
+    chains = [v for k, v in fitted._answers.tensors().items() if k.endswith("position")]
+    assert [len(v) for v in chains] == [64]
+
+
+def test_annealing_states_an_error_that_rows_share():
+    program = fixed(Parabola(4.0, 1.0))
+    backend = pgen.backend("exact", via={"x": "annealed-importance"})
+    found = pgen.fit(program, DATA, backend).log_prob(seed=0)
+    expected = dist.Normal(1.0, 0.5).log_prob(DATA["x"][:, 0])
+    assert_estimate(found.value[:1], expected[:1], found.stderr[:1])
+    torch.testing.assert_close(found.mean().stderr, found.shared)  # which no number of rows averages out
+    assert float(found.lower.mean()) < float(found.upper.mean())
+    low, high = found.interval(0.999999)
+    assert bool((low <= expected).all() and (expected <= high).all())
+
+
+def test_a_fixed_energy_needs_no_data():
+    drawn = pgen.fit(fixed(Parabola(4.0, 1.0)), None, "exact").sample(2000, seed=0)["x"]
+    assert abs(float(drawn.mean()) - 1) < 0.1
+    assert abs(float(drawn.std()) - 0.5) < 0.05
+
+
+def test_an_unnormalised_answer_says_so():
+    def program(n):
+        scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        with pyro.plate("data", n):
+            pyro.sample("x", Energy(lambda x, c: (x * c).square().sum(-1), (1,), context=scale.expand(n, 1)))
+
+    with pytest.raises(pgen.errors.Refused, match="constant"):
+        pgen.fit(program, {"x": torch.randn(5, 1)}, "mcmc")
+
+
+# --- latent ---
+
+
+class Tilted(nn.Module):
+    """z ~ N(0, 1) tilted by exp(-(a - 1) z^2 / 2), so N(0, 1/a); x ~ N(z, 1)."""
+
+    def __init__(self, a=1.0):
+        super().__init__()
+        self.log_a = nn.Parameter(torch.tensor(math.log(a)))
+
+    def forward(self, n):
+        with pyro.plate("data", n):
+            base = dist.Normal(torch.zeros(1), 1.0).to_event(1)
+            z = pyro.sample(
+                "z", Energy(lambda z: (self.log_a.exp() - 1) * z[..., 0].square() / 2, (1,), base=base)
+            )
+            pyro.sample("x", dist.Normal(z[..., 0], 1.0))
+
+
+SEEN = {"x": math.sqrt(1 / 4 + 1) * torch.randn(1000, generator=torch.Generator().manual_seed(5))}
+
+
+def test_a_latent_energy_is_learned_with_the_bound():
+    run = pgen.Run(steps=1500, lr=0.02, batch_size=500, progress=False)
+    fitted = pgen.fit(Tilted(), SEEN, pgen.backend("variational", family="full"), run=run)
+    variance = math.exp(-float(fitted.parameters["log_a"]))
+    best = float(SEEN["x"].var(unbiased=False)) - 1
+    assert abs(variance - best) < 0.12
+    found = fitted.log_prob(seed=0)
+    exact = dist.Normal(0.0, math.sqrt(variance + 1)).log_prob(SEEN["x"])
+    assert found.kind == "estimate"  # a bound with an estimated constant
+    assert float((exact - found.value).mean()) > -4 * float(found.mean().stderr)
+    assert float((exact - found.value).mean()) < 0.1
+
+
+def test_mcmc_conditions_a_latent_energy():
+    fitted = pgen.fit(fixed(Tilted(4.0)), {"x": torch.tensor([1.0])}, "mcmc", run=pgen.Run(progress=False))
+    drawn = fitted.posterior(n=4000)["z"].reshape(-1)
+    assert abs(float(drawn.mean()) - 0.2) < 0.05  # precision 4 + 1
+    assert abs(float(drawn.std()) - math.sqrt(1 / 5)) < 0.03
+    assert fitted.offer.answers[Query.LOG_PROB] is Exactness.UNNORMALIZED
+    assert fitted.log_prob().kind == "unnormalized"
+
+
+def test_most_probable_values_of_a_latent_energy():
+    program = fixed(Tilted(4.0))
+    found = pgen.fit(program, {"x": torch.tensor([1.0, -2.0])}, pgen.backend("exact", estimate="map"))
+    torch.testing.assert_close(found.parameters["z"][:, 0], torch.tensor([0.2, -0.4]), atol=1e-3, rtol=1e-3)
+
+
+# --- discrete ---
+
+
+class Machine(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rbm = RBM(6, 3, scale=0.5)
+
+    def forward(self, n):
+        with pyro.plate("data", n):
+            pyro.sample("x", Energy(self.rbm, (6,), support=constraints.boolean))
+
+
+def bits(n=2000):
+    g = torch.Generator().manual_seed(2)
+    first = torch.bernoulli(torch.full((n, 3), 0.5), generator=g)
+    flip = torch.bernoulli(torch.full((n, 3), 0.1), generator=g)
+    return {"x": torch.cat([first, (first - flip).abs()], 1)}
+
+
+@pytest.mark.parametrize("way", ["persistent-contrastive-divergence", "pseudo-likelihood"])
+def test_a_boltzmann_machine_learns_and_is_weighed_exactly(way):
+    data = bits()
+    run = pgen.Run(steps=1500, lr=0.02, batch_size=500, progress=False)
+    fitted = pgen.fit(Machine(), data, pgen.backend("exact", via={"x": way}), run=run, seed=1)
+    every = Energy(lambda x: x, (6,), support=constraints.boolean).space.every(torch.zeros(()))
+    p = fitted.log_prob({"x": every})
+    assert p.kind == "exact"
+    assert abs(float(p.value.double().exp().sum()) - 1) < 1e-4
+    entropy = 3 * math.log(2) - 3 * (0.1 * math.log(0.1) + 0.9 * math.log(0.9))
+    assert float(fitted.log_prob().value.mean()) > -entropy - 0.12
+    codes = (fitted.sample(5000, seed=0)["x"] @ torch.tensor([32.0, 16, 8, 4, 2, 1])).long()
+    assert_frequencies(codes, p.value.exp())
+
+
+# --- two statements ---
+
+
+class Joint(nn.Module):
+    """A classifier with a density of what it classifies."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(1, 32), nn.SiLU(), nn.Linear(32, 2))
+
+    def forward(self, n):
+        with pyro.plate("data", n):
+            base = dist.Normal(torch.zeros(1), 3.0).to_event(1)
+            x = pyro.sample("x", Energy(lambda x: -self.net(x).logsumexp(-1), (1,), base=base))
+            pyro.sample("y", dist.Categorical(logits=self.net(x)))
+
+
+def test_two_statements_share_an_energy():
+    g = torch.Generator().manual_seed(3)
+    y = torch.randint(2, (2000,), generator=g)
+    x = torch.randn(2000, 1, generator=g) + 3.0 * y[:, None] - 1.5
+    fitted = pgen.fit(Joint(), {"x": x, "y": y}, "exact", run=pgen.Run(steps=600, lr=5e-3, progress=False))
+    at = torch.tensor([[-2.0], [0.0], [2.0]])
+    probs = fitted.marginals({"x": at})["y"].probs[:, 1]
+    torch.testing.assert_close(probs, torch.sigmoid(3 * at[:, 0]), atol=0.1, rtol=0.0)
+    both = (fitted.log_prob({"x": at, "y": torch.full((3,), k)}).value for k in (0, 1))
+    torch.testing.assert_close(torch.stack(list(both)).logsumexp(0), fitted.log_prob({"x": at}).value)
+    given = pgen.fit(fitted.program, {"y": torch.tensor([1])}, "mcmc", run=pgen.Run(progress=False))
+    assert abs(float(given.posterior(n=2000)["x"].mean()) - 1.5) < 0.25
+
+
+# --- refusals and doubts ---
+
+
+def test_an_energy_that_has_no_integral_is_named_and_nothing_is_lost():
+    class Never(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Parameter(torch.tensor(0.5))
+
+        def forward(self, n):
+            with pyro.plate("data", n):
+                pyro.sample("x", Energy(lambda x: -nn.functional.softplus(self.a) * x.square().sum(-1), (1,)))
+
+    program = Never()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        with pytest.raises(pgen.errors.Diverged, match="energy at site 'x'.*no finite integral"):
+            pgen.fit(program, DATA, "exact", run=RUN)
+    assert program.a.item() == 0.5
+    backend = pgen.backend("exact", via={"x": "noise-contrastive"})
+    with pytest.warns(Doubtful, match="site 'x': far from the data"):
+        fitted = pgen.fit(program, DATA, backend, run=pgen.Run(steps=20, progress=False))
+    with pytest.raises(pgen.errors.Unanswerable, match="does not fall off"):
+        fitted.log_prob()
+
+
+def test_a_surrogate_is_no_weight_for_discrete_draws():
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(2))
+
+        def forward(self, n):
+            with pyro.plate("data", n):
+                k = pyro.sample("k", dist.Bernoulli(0.5))
+                c = self.w[k.long()][..., None]
+                pyro.sample("x", Energy(lambda x, c: (x * c).square().sum(-1), (1,), context=c))
+
+    for backend in ("exact", "variational"):
+        with pytest.raises(pgen.errors.Refused, match="'x'"):
+            pgen.fit(Mixed(), DATA, backend)
+
+
+def test_explain_tells_how_an_energy_is_learned_and_answered():
+    offer = pgen.explain(Parabola(), DATA)["exact"].answer
+    assert offer.learning == {"x": ("persistent-contrastive-divergence",)}
+    assert offer.paths == {"x": ("quadrature", "chains")}
+    assert offer.answers[Query.LOG_PROB] is Exactness.ESTIMATE
+    assert Capability.LOG_DENSITY in pgen.structure_of(Parabola(), DATA).sites["x"].capabilities
+
+
+def test_chains_that_stay_belong_to_no_row():
+    class Given(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Parameter(torch.tensor(1.0))
+
+        def forward(self, c):
+            with pyro.plate("data", len(c)):
+                pyro.sample("x", Energy(lambda x, c: (self.a * x - c).square().sum(-1), (1,), context=c))
+
+    g = torch.Generator().manual_seed(4)
+    c = torch.randn(1000, 1, generator=g)
+    data = {"c": c, "x": c / 2 + 0.5 / math.sqrt(2) * torch.randn(1000, 1, generator=g)}  # a = 2
+    with pytest.raises(pgen.errors.Refused, match="another law for every c"):
+        pgen.fit(Given(), data, pgen.backend("exact", via={"x": "persistent-contrastive-divergence"}))
+    fitted = pgen.fit(Given(), data, "exact", run=RUN)  # by chains that begin at each row
+    assert abs(float(fitted.parameters["a"]) - 2) < 0.15
+    assert fitted.log_prob().kind == "unnormalized"
+
+
+def test_chains_of_any_dimension_agree_with_moments():
+    def program(n):
+        with pyro.plate("data", n):
+            pyro.sample("x", Energy(lambda x: 2 * x.square().sum(-1), (5,)))
+
+    drawn = pgen.fit(program, None, "exact").sample(1000, seed=0)["x"]
+    assert_mean(drawn[:, 0].square(), 0.25, alpha=1e-5)
