@@ -5,6 +5,7 @@ from pgen.nn.conv import CausalConv, CausalConv2d
 from pgen.nn.deep_boltzmann import DeepBoltzmann
 from pgen.nn.denoisers import DenoiserMLP, EnergyDenoiser, Preconditioned
 from pgen.nn.embedding import NoiseEmbedding
+from pgen.nn.energies import ConvEnergy, MLPEnergy
 from pgen.nn.made import MADE, MaskedLinear
 from pgen.nn.mlp import MLP
 from pgen.nn.self_conditioned import SelfConditioned
@@ -18,11 +19,13 @@ __all__ = [
     "RBM",
     "CausalConv",
     "CausalConv2d",
+    "ConvEnergy",
     "DeepBoltzmann",
     "DeepSet",
     "DenoiserMLP",
     "EnergyDenoiser",
     "GaussianRBM",
+    "MLPEnergy",
     "MaskedLinear",
     "NoiseEmbedding",
     "Preconditioned",

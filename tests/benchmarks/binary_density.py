@@ -65,7 +65,7 @@ SETTINGS = {
     "nltcs": Settings(16, 1000, (Masked(64, 0.0, 0.1, 2000), Masked(256, 0.0, 0.1, 3000))),
     "plants": Settings(32, 1000, (Masked(256, 0.2, 0.1, 4000), Masked(512, 0.3, 0.1, 5000))),
     "mushrooms": Settings(32, 1500, (Masked(256, 0.3, 0.3, 3000), Masked(256, 0.5, 0.1, 3000))),
-    "dna": Settings(6, 300, (Masked(64, 0.5, 1.0, 500), Masked(16, 0.3, 0.5, 800))),
+    "dna": Settings(6, 300, (Masked(16, 0.3, 0.1, 800), Masked(16, 0.2, 0.03, 800))),
     "nips": Settings(8, 300, (Masked(100, 0.5, 10.0, 300), Masked(256, 0.7, 5.0, 300))),
     "jester": Settings(24, 600, (Masked(128, 0.3, 1.0, 1500), Masked(256, 0.5, 0.3, 2500))),
     "accidents": Settings(32, 1500, (Masked(256, 0.2, 0.1, 4000), Masked(512, 0.3, 0.1, 5000))),
@@ -160,7 +160,7 @@ def averaged(data: Data, setting: Masked, first: Candidate) -> Candidate:
     """The same in other orders too."""
     every = [first, *(masked(data, setting, seed) for seed in range(1, ORDERS))]
     laws = tuple(law for each in every for law in each.laws)
-    return Candidate(f"{ORDERS} orders of the better one", laws, sum(each.seconds for each in every))
+    return Candidate(f"{ORDERS} orders of the best of these", laws, sum(each.seconds for each in every))
 
 
 def total_probability(law: Candidate, features: int) -> float:
@@ -175,8 +175,8 @@ def judge(console: Console, name: str, data: Data) -> tuple[float, float]:
     tree = chow_liu_tree(data)
     found = mixtures(data, settings)
     singles = {setting: masked(data, setting, 0) for setting in settings.masked}
-    better = max(singles, key=lambda setting: singles[setting].nats(valid))
-    found += [*singles.values(), averaged(data, better, singles[better])]
+    favourite = max(singles, key=lambda setting: singles[setting].nats(valid))
+    found += [*singles.values(), averaged(data, favourite, singles[favourite])]
     best = max(found, key=lambda each: each.nats(valid))
     rows = " / ".join(str(len(split["x"])) for split in (data.train, data.valid, data.test))
     table = Table(

@@ -45,7 +45,8 @@ class Step:
 class Steps:
     """So many steps as one function: the last state, and what the last step reports.
 
-    What only the reports before it need is left out of a recording, and its calls are shared by all steps.
+    What only the reports before it need is left out of a recording, and its calls are shared by all steps. Vectors of
+    a few numbers leave with the chains side by side in memory, as gradients do not come by themselves.
     """
 
     step: Step
@@ -56,7 +57,7 @@ class Steps:
         info: Any = None
         for _ in range(self.times):
             state, info = self.step(state, tuning)
-        return state, info
+        return _side_by_side(state), info
 
 
 def iterate(
@@ -127,7 +128,7 @@ def moved(
     """
     if draws < 1 or together < 1:
         raise ValueError(f"draws and together are at least 1, got {draws} and {together}")
-    state = type(state)(*map(_chains_last, state))
+    state = _side_by_side(state)
     step = Step(kernel, target)
     whole, rest = divmod(draws, together)
     info = None
@@ -136,8 +137,12 @@ def moved(
     return type(state)(*(part.contiguous() for part in state)), info
 
 
-def _chains_last(part: Tensor) -> Tensor:
-    """Vectors `[C, d]` of a few numbers, laid out by number: loops then run over chains."""
+def _side_by_side(state: Any) -> Any:
+    """A state whose vectors `[C, d]` of a few numbers are laid out by number: loops then run over chains."""
+    return type(state)(*map(_laid_out, state))
+
+
+def _laid_out(part: Tensor) -> Tensor:
     if part.dim() != 2 or not 1 < part.shape[1] <= _NARROW or len(part) < _MANY:
         return part
     return part.mT.contiguous().mT
