@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pgen.capability import Estimate, Query
 from pgen.choice import refusal_text
-from pgen.errors import DataError, MeasureError, Refused
+from pgen.errors import DataError, MeasureError, OptionError, Refused
 from pgen.fitted import Fitted
 from pgen.fitting import UnusedOption, fit
 from pgen.metrics.two_sample import energy_distance
@@ -110,7 +110,7 @@ def compare(
     Args:
         program: the program.
         data: what it is fitted to.
-        backends: names or backends; a mapping gives them labels.
+        backends: names or backends; a mapping gives them labels, which several of one kind need.
         test: held-out data to evaluate on; the training data if None (and the table says so).
         args: passed to the program unchanged.
         kwargs: passed to the program unchanged.
@@ -118,8 +118,18 @@ def compare(
         seed: makes everything repeatable.
 
     A backend that refuses the program gets a row that says why.
+
+    Raises:
+        OptionError: two backends have the same label.
     """
     named = backends if isinstance(backends, Mapping) else {_label(b): b for b in backends}
+    if len(named) < len(backends):
+        labels = [_label(b) for b in backends]
+        twice = next(label for label in labels if labels.count(label) > 1)
+        raise OptionError(
+            f"compare: {labels.count(twice)} of the backends are called {twice!r}; expected a mapping that tells them apart, such as "
+            f"{{'one': pgen.backend({twice!r}, ...), 'other': pgen.backend({twice!r}, ...)}}"
+        )
     rows = []
     for name, backend in named.items():
         start = time.perf_counter()

@@ -103,7 +103,7 @@ class Converted(dist.TorchDistribution):
             return methods[name]
         if "base" not in self.__dict__:
             raise AttributeError(name)
-        return getattr(self.base, name)
+        return getattr(unexpanded(self.base), name)
 
     @property
     def has_rsample(self) -> bool:  # type: ignore[override]
@@ -159,6 +159,13 @@ class Normaliser(NamedTuple):
     upper: Tensor | None = None
     error: Tensor | None = None
     probes: Tensor | None = None
+
+
+def unexpanded(law: Any) -> Any:
+    """The law that Pyro has copied over plates, where it has no `expand` of its own."""
+    while isinstance(law, dist.ExpandedDistribution):
+        law = law.base_dist
+    return law
 
 
 def inside(fn: Any, change: Callable[[Any], Any]) -> Any:

@@ -18,7 +18,7 @@ from pgen.errors import OptionError, Refused
 from pgen.fitted import Fitted
 from pgen.inspection import inspect_problem
 from pgen.isolation import isolated, whole_seed
-from pgen.learning import learners_of
+from pgen.learning import incomparable, learners_of
 from pgen.problem import Data, Problem
 from pgen.protocols import Backend
 from pgen.registry import Registry
@@ -82,11 +82,22 @@ def fit(
                 f"backend {chosen.name!r} cannot fit {structure.name}: {refusal_text(offer)}", offer
             )
         problem = _adapted(problem, structure, chosen, offer)
+        _require_comparable(problem, run)
         torch.manual_seed(seed)
         answers = chosen.fit(problem, structure, replace(run, seed=seed))
     fitted = Fitted(problem, structure, chosen, offer, answers, seed, run.precision)
     _warn_of_doubts(fitted, answers)
     return fitted
+
+
+def _require_comparable(problem: Problem, run: Run) -> None:
+    """Nothing is chosen by held-out losses that mean nothing."""
+    told = None if run.validation is None else incomparable(problem.learners)
+    if told is None:
+        return
+    if run.patience is not None:
+        raise OptionError(f"Run(patience={run.patience}) cannot stop by a held-out loss here: {told}")
+    warnings.warn(f"Run(validation=...) has little to say here: {told}", UnusedOption, stacklevel=3)
 
 
 class Doubtful(UserWarning):

@@ -16,6 +16,7 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from pgen.conversion import Adapter, Conversion
+from pgen.errors import OptionError
 from pgen.isolation import validating
 from pgen.problem import Problem
 from pgen.structure import Structure
@@ -64,8 +65,23 @@ def _learner(path: tuple[Conversion, ...], node: Any, site: Any) -> Learner:
     seen = value.reshape(-1, *fn.event_shape) if site.observed else None
     if seen is not None and seen.is_floating_point():
         seen = seen[~seen.isnan().flatten(1).any(1)] if event else seen[~seen.isnan()]
-    made = {c.name: c.memory(fn, seen, site) for c in path if c.memory is not None}
+    try:
+        made = {c.name: c.memory(fn, seen, site) for c in path if c.memory is not None}
+    except ValueError as error:
+        raise OptionError(f"site {site.name!r} cannot be learned by {path[-1].name}: {error}") from error
     return Learner(path, made)
+
+
+def incomparable(learners: Mapping[str, Learner]) -> str | None:
+    """Why held-out losses of a program cannot be compared from step to step, if they cannot."""
+    for site, learner in learners.items():
+        for name, memory in learner.memories.items():
+            if not getattr(memory, "scores", True):
+                return (
+                    f"the held-out loss at site {site!r}, learned by {name}, is an energy, whose constant moves while it is learned; "
+                    f"via={{{site!r}: 'noise-contrastive'}} and others that compare or match (of scores, of neighbours) have one that can be compared"
+                )
+    return None
 
 
 def watched(learners: Mapping[str, Any]) -> dict[str, str]:

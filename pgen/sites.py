@@ -225,7 +225,7 @@ def density_of(fn: Any, capabilities: frozenset[Capability]) -> Callable[[Tensor
     if isinstance(fn, torch.distributions.Independent):
         inner, dims = density_of(fn.base_dist, capabilities), fn.reinterpreted_batch_ndims
         return inner if inner is None or not dims else lambda value: inner(value).sum(list(range(-dims, 0)))
-    if isinstance(fn, dist.MaskedDistribution):
+    if isinstance(fn, (dist.MaskedDistribution, dist.ExpandedDistribution)):
         return density_of(fn.base_dist, capabilities)
     return getattr(fn, "log_density", None) or fn.log_prob
 

@@ -140,7 +140,7 @@ class Structure:
     @property
     def measure(self) -> Measure:
         """What log probabilities of the observed sites are: of a "mass", a "density", or "mixed"."""
-        kinds = {self.sites[n].discrete for n in self.observed}
+        kinds = {kind for n in self.observed for kind in _kinds(self.sites[n].support)}
         return "mixed" if len(kinds) == 2 else ("mass" if kinds == {True} else "density")
 
     @property
@@ -181,6 +181,15 @@ class Structure:
             )
         lines += [f"  note: {describe_leak(leak)}" for leak in self.leaks]
         return "\n".join(lines)
+
+
+def _kinds(support: Any) -> set[bool]:
+    """Whether the numbers of a value are counted, or measured, or some of them the one and some the other."""
+    while isinstance(support, torch.distributions.constraints.independent):
+        support = support.base_constraint
+    if isinstance(support, torch.distributions.constraints.cat):
+        return {kind for piece in support.cseq for kind in _kinds(piece)}
+    return {bool(getattr(support, "is_discrete", False))}
 
 
 def describe_leak(leak: Leak) -> str:

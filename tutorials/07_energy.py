@@ -62,12 +62,13 @@ truth = float(toy.log_prob(held["x"]).mean())
 print(pgen.explain(Plane(), data)["exact"].answer.why)
 run = pgen.Run(steps=3000, lr=5e-3, batch_size=256, ema=0.995, progress=False)
 fits, apart = {}, {}
-for way in ("contrastive-divergence", "persistent-contrastive-divergence", "noise-contrastive", "denoising-score-matching"):
+contrasts = ("contrastive-divergence", "persistent-contrastive-divergence", "noise-contrastive")
+for way in (*contrasts, "denoising-score-matching"):
     fits[way] = pgen.fit(Plane(), data, pgen.backend("exact", via={"x": way}), run=run, seed=0)
     apart[way] = truth - float(fits[way].log_prob(held).mean().value)
     print(f"{way:35}KL(data, model) = {apart[way]:.3f} nats, {fits[way].history.seconds:.0f} s")
 moon = fits["persistent-contrastive-divergence"]
-last = {name: round(float(moon.history[name][-1]), 2) for name in ("x.accept", "x.energy_gap", "x.spread", "x.age")}
+last = {k: round(float(moon.history[f"x.{k}"][-1]), 2) for k in ("accept", "energy_gap", "spread", "age")}
 print("what the chains tell:", last)
 
 # %% [markdown]
@@ -92,9 +93,10 @@ class Machine(nn.Module):
 images = digits()
 train, test = ({"x": (part["x"] > 7).float()} for part in (images.train, images.test))
 pcd = pgen.backend("exact", via={"x": "persistent-contrastive-divergence"})
-machine = pgen.fit(Machine(12, train["x"]), train, pcd, run=pgen.Run(steps=3000, lr=3e-3, progress=False), seed=0)
+machine = pgen.fit(Machine(12, train["x"]), train, pcd, run=pgen.Run(steps=3000, progress=False), seed=0)
 exact = machine.log_prob(test).mean()
-annealed = pgen.fit(machine.program, test, pgen.backend("exact", via={"x": "annealed-importance"})).log_prob(seed=0)
+ais = pgen.backend("exact", via={"x": "annealed-importance"})
+annealed = pgen.fit(machine.program, test, ais).log_prob(seed=0)
 print("by summing  ", exact)
 print("by annealing", annealed.mean(), f"between {annealed.lower.mean():.3f} and {annealed.upper.mean():.3f}")
 
@@ -140,8 +142,7 @@ score = machine.log_prob(test).value
 others = {"upside down": test["x"].flip(1), "coins": torch.bernoulli(torch.full_like(test["x"], 0.5))}
 found = {name: machine.log_prob({"x": x}).value for name, x in others.items()}
 area = {name: float((score[:, None] > value).float().mean()) for name, value in found.items()}
-print("area under the curve:", {name: round(value, 3) for name, value in area.items()})
-print("pictures in", folder)
+print("area under the curve:", {name: round(v, 3) for name, v in area.items()}, "pictures in", folder)
 assert max(apart.values()) < 0.1
 assert abs(float(annealed.mean().value - exact.value)) < 0.1
 assert share["and left"] > 0.9 > 0.1 > share["and not left"]

@@ -34,8 +34,9 @@ from pgen.algorithms.energy.noise_contrastive import NoiseContrastive
 from pgen.algorithms.energy.reference import Reference, closest
 from pgen.algorithms.energy.space import Space
 from pgen.capability import Capability, Exactness, capabilities_of
-from pgen.conversion import Conversion, Converted
+from pgen.conversion import Conversion, Converted, unexpanded
 from pgen.distributions.energy import Energy
+from pgen.errors import OptionError
 from pgen.registry import hookimpl
 
 _IMAGINED = 256  # draws that a memory is made from where there are no data
@@ -51,12 +52,13 @@ class Memory(nn.Module):
     Attributes:
         inner: the objective's own.
         observed: whether the site is.
+        scores: whether what it gives for rows that are not learned from can be compared from step to step.
         told: diagnostics of the last step.
     """
 
-    def __init__(self, inner: nn.Module, observed: bool) -> None:
+    def __init__(self, inner: nn.Module, observed: bool, scores: bool) -> None:
         super().__init__()
-        self.inner, self.observed = inner, observed
+        self.inner, self.observed, self.scores = inner, observed, scores
         self.told: dict[str, Tensor] = {}
 
 
@@ -86,7 +88,8 @@ def learned_by(objective: Any, *, name: str | None = None, cost: float = 100.0) 
         sweep = sweep_of(law)
         if sweep is not None and isinstance(objective, Chained):
             options["sweep"] = sweep
-        return Memory(objective.memory(seen, space, **options), data is not None)
+        scores = data is not None and getattr(objective, "scores", False)
+        return Memory(objective.memory(seen, space, **options), data is not None, scores)
 
     def methods(law: Any) -> Mapping[str, Callable[..., Any]]:
         kept: Any = law.memories.get(name)
@@ -117,7 +120,7 @@ def surrogate(law: Any, value: Tensor, objective: Any, memory: Memory) -> Tensor
     event = tuple(law.event_shape)
     lead = torch.broadcast_shapes(value.shape[: value.ndim - len(event)], law.batch_shape)
     x = value.expand(*lead, *event).reshape(-1, *event)
-    if not memory.training and not (memory.observed and getattr(objective, "scores", False)):
+    if not memory.training and not memory.scores:
         return law.log_density(value)
     learned = objective(on_rows(law, lead), x.detach(), memory.inner)
     memory.told = learned.told
@@ -182,9 +185,16 @@ def doubt(law: Any, metrics: Mapping[str, Tensor]) -> str | None:
 def on_rows(law: Any, lead: torch.Size) -> Callable[[Tensor], Tensor]:
     """The log density as a function of rows `[R, *event]`; R is a multiple of those of `lead` where the law is conditional."""
     event = tuple(law.event_shape)
-    single = getattr(law, "single", law)
+    single = getattr(law, "single", unexpanded(law))
     if not conditional(law):
         return lambda x: single.log_density(x).reshape(len(x))
+    if not lead:
+        kind = type(_plain(law)).__name__
+        raise OptionError(
+            f"{kind} has batch shape {tuple(law.batch_shape)} and does not say that its rows are alike, so that it has no single normaliser; "
+            f"expected {kind}.conditional = False and {kind}.single, the law of empty batch shape, where they are (a law without an "
+            "`expand` of its own is copied by Pyro, and needs neither)"
+        )
 
     def density(x: Tensor) -> Tensor:
         wide = x.reshape(-1, *lead, *event)
@@ -195,7 +205,15 @@ def on_rows(law: Any, lead: torch.Size) -> Callable[[Tensor], Tensor]:
 
 def conditional(law: Any) -> bool:
     """Whether a law is several ones, each with a constant of its own."""
-    return getattr(law, "conditional", bool(law.batch_shape))
+    own: bool | None = getattr(law, "conditional", None)
+    return bool(_plain(law).batch_shape) if own is None else own
+
+
+def _plain(law: Any) -> Any:
+    """A law as it was written: not converted, not copied over plates."""
+    while isinstance(law, Converted):
+        law = law.base
+    return unexpanded(law)
 
 
 def space_of(law: Any) -> Space:

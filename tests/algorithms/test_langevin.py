@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pgen.algorithms.kernels.base import push, where
-from pgen.algorithms.kernels.hmc import Phase, State, metropolis
+from pgen.algorithms.kernels.hmc import Phase, State, metropolis, standard_normal
 from pgen.algorithms.kernels.iterate import iterate
 from pgen.algorithms.kernels.langevin import MALA, ULA, _step
 from pgen.algorithms.kernels.walk import RandomWalk
@@ -72,7 +72,7 @@ def test_the_ratio_is_that_of_the_two_proposal_densities():
     target, step = LogGamma(), 0.7
     scale = torch.tensor([[0.8, 0.0], [0.3, 1.1]], **FLOAT)
     state = MALA().init(target.draw(50), target)
-    begin, end = _step(state, tuned(step, scale), target)
+    begin, end = _step(state, standard_normal(state.position), tuned(step, scale), target)
 
     def proposal(gradient, q):
         mean = q + step**2 / 2 * gradient @ scale @ scale.T
@@ -120,7 +120,7 @@ def test_ula_stays_where_the_next_place_is_not_a_number():
 @dataclass(frozen=True)
 class AlwaysAccepts(MALA):
     def step(self, state, tuning, target):
-        begin, end = _step(state, tuning, target)
+        begin, end = _step(state, standard_normal(state.position), tuning, target)
         _, info = metropolis(state, begin, end, 1)
         return State(end.position, end.log_density, end.gradient), info
 
@@ -130,7 +130,7 @@ class ForgetsTheProposal(MALA):
     """Accepts by the ratio of densities, as if the proposal were symmetric."""
 
     def step(self, state, tuning, target):
-        begin, end = _step(state, tuning, target)
+        begin, end = _step(state, standard_normal(state.position), tuning, target)
         return metropolis(state, begin, end._replace(momentum=begin.momentum), 1)
 
 
@@ -139,7 +139,7 @@ class LooksBackFromTheWrongPlace(MALA):
     """The reverse proposal with the gradient of where it came from."""
 
     def step(self, state, tuning, target):
-        begin, end = _step(state, tuning, target)
+        begin, end = _step(state, standard_normal(state.position), tuning, target)
         momentum = begin.momentum + tuning.step_size * state.gradient
         return metropolis(state, begin, Phase(end.position, momentum, end.gradient, end.log_density), 1)
 

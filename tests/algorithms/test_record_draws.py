@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from pgen.algorithms.record import Tape, replay_of
-from pgen.algorithms.record.draws import apart, with_masks
+from pgen.algorithms.record.draws import apart, by_shape, with_masks
 from pgen.algorithms.record.recording import recording_of
 
 
@@ -45,3 +45,21 @@ def test_taken_apart_a_tape_gives_the_same() -> None:
             found.append([*run(x), torch.rand(2)])
     for one, other in zip(*found, strict=True):
         assert torch.allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_a_draw_in_the_shape_of_a_result_does_not_wait_for_it() -> None:
+    def function(x: Tensor) -> Tensor:
+        y = x.exp().sin()
+        return torch.where(torch.rand_like(y) < 0.5, y, y + torch.randn_like(y))
+
+    x = torch.rand(5, 4)
+    tape = recording_of(function, [x]).tape
+    assert len(apart(tape)[1].ops) < 6  # what the shapes need is left to what draws
+    tape = by_shape(tape, tape.run([x]))
+    draws, rest, drawn = apart(tape)
+    assert {"aten.exp.default", "aten.sin.default"} <= {op.name for op in rest.ops}
+    torch.manual_seed(1)
+    expected = function(x)
+    torch.manual_seed(1)
+    found = replay_of(Tape([*tape.inputs, *drawn], rest.constants, rest.ops, rest.outputs))(x, *draws(x))
+    torch.testing.assert_close(found[0], expected)

@@ -53,6 +53,19 @@ def test_what_changes_nothing_goes() -> None:
     assert operations(noise, t(2, 3)) == {"aten.add.Tensor": 1}
 
 
+def test_the_gradient_of_a_weighted_square_is_one_product() -> None:
+    weight = torch.rand(3, dtype=torch.float64)
+
+    def slope(x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(0.5 * (x * x * weight).sum(-1).sum(), x)[0]
+
+    assert operations(slope, t(4, 3)) == {"aten.mul.Tensor": 1}
+    assert operations(slope, t(50_000, 3)) == {"aten.mul.Tensor": 1}  # a constant for all rows stays one
+    # A number that is read elsewhere is kept, and is not computed twice.
+    assert operations(lambda x: (y := x * 3.0, y + y), t(3))["aten.add.Tensor"] == 1
+
+
 def test_constants_are_computed_once_and_equal_ones_are_one() -> None:
     def run(x: Tensor) -> Tensor:
         return x.sin() * torch.ones(3).exp().sum() + x.cos() * (torch.ones(3).exp() * torch.eye(3)).sum()

@@ -8,6 +8,7 @@ import torch
 from pyro import poutine
 from torch import nn
 
+from pgen import Run, fit
 from pgen.capability import Capability, capabilities_of
 from pgen.distributions import (
     Autoregressive,
@@ -226,3 +227,20 @@ def test_errors_say_what_to_do():
         Ordinal(17, rank=2)
     with pytest.raises(OptionError, match="at least 1 component"):
         GaussianMixture(0)
+
+
+def test_a_network_with_an_order_is_trained_by_replays():
+    """The order is read where values are checked, at the first step, and not in what is recorded."""
+
+    class Program(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = MADE(4, 1, levels=2, hidden=(8,), order=torch.tensor([2, 0, 3, 1]))
+
+        def forward(self, n):
+            with pyro.plate("data", n):
+                pyro.sample("x", Autoregressive(self.network, (4,), Bernoulli()))
+
+    x = torch.randint(0, 2, (50, 4)).float()
+    fitted = fit(Program(), {"x": x}, "exact", run=Run(steps=100, batch_size=16, progress=False))
+    assert not [said for said in fitted.history.warnings if "replays" in said]

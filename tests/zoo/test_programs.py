@@ -20,6 +20,7 @@ from pgen.zoo import (
     MaskedAutoencoder,
     Mixture,
     SplineFlow,
+    TreeMixture,
     logistic_regression,
     plugin,
 )
@@ -27,6 +28,7 @@ from pgen.zoo import (
 GENERATIVE = {
     "ppca": lambda: PPCA(features=5, latents=2),
     "mixture": lambda: Mixture(features=5, components=3),
+    "trees": lambda: TreeMixture(features=5, components=3),
     "vae": lambda: VAE(features=5, latents=2, levels=4, hidden=8),
     "vae, free logits": lambda: VAE(features=5, latents=2, levels=4, hidden=8, likelihood="categorical"),
     "vae, black and white": lambda: VAE(features=5, latents=2, levels=2, hidden=8),
@@ -66,6 +68,7 @@ def test_latents_of_the_programs_that_have_some():
     x = torch.zeros(7, 5)
     assert latents(GENERATIVE["hvae"](), {"x": x}) == {"above", "z"}
     assert latents(GENERATIVE["mixture"](), {"x": x}) == {"component"}
+    assert latents(GENERATIVE["trees"](), {"x": x}) == {"component"}
     assert latents(logistic_regression(5, 3), {"x": x, "y": torch.zeros(7).long()}) == {"weight", "bias"}
     assert latents(HMM(2, 4), {"x": torch.zeros(7, 3).long()}) == {"z_0", "z_1", "z_2"}
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -53,6 +54,7 @@ class EnergyDiscrepancy:
         torch.Size([100])
     """
 
+    scores: ClassVar[bool] = True
     narrow: float = 0.1
     wide: float = 2.0
     flip: float = 0.2
@@ -99,6 +101,7 @@ class ConditionalNoiseContrastive:
         ratio: pairs for each row.
     """
 
+    scores: ClassVar[bool] = True
     narrow: float = 0.1
     wide: float = 2.0
     flip: float = 0.2

@@ -12,6 +12,9 @@ is learned by the same ascent.
 Where the density is conditional, row i of R rows belongs to data row i mod n, and objectives call f with a multiple of n
 rows. Those that cannot keep to it (persistent chains belong to no row) refuse.
 
+Where the values on rows that are not learned from can be compared from step to step (they estimate the objective, not only its
+gradient), the class says `scores = True`: then a run may stop early by them.
+
 How to write one: a frozen dataclass of hyperparameters with `memory` and `__call__`. The call is straight-line: no branch on
 the value of a tensor, randomness from torch's global generator, and all that it remembers in tensors of the memory, written
 in place.

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -33,6 +34,7 @@ class _Neighbours:
         indices: drawn for each row and call to stand for all; None for all of them.
     """
 
+    scores: ClassVar[bool] = True
     indices: int | None = None
 
     def __post_init__(self) -> None:

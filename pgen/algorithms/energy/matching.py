@@ -25,6 +25,7 @@ References:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -47,6 +48,7 @@ class Matching:
             does not know the weights of.
     """
 
+    scores: ClassVar[bool] = True
     noise: float = 0.02
     wide: float = 1.0
     share: float = 0.1
@@ -83,8 +85,12 @@ class Matching:
         q = (memory.space.apart(x.detach())[0] - memory.centre) / memory.scale
         if not self.noise:
             return q, torch.zeros_like(q[:, :1])
-        left = (1 - memory.calls / max(1, self.anneal)).clamp(min=0.0)
-        memory.calls.add_(1.0)
+        left = torch.zeros_like(
+            memory.calls
+        )  # held-out rows are looked at as at the end, so that looks compare
+        if memory.training:
+            left = (1 - memory.calls / max(1, self.anneal)).clamp(min=0.0)
+            memory.calls.add_(1.0)
         width = (self.noise * (self.wide / self.noise) ** left).expand(len(q), 1)
         if self.share:
             wider = torch.rand_like(width) < self.share

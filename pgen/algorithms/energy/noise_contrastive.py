@@ -13,6 +13,7 @@ References:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +75,7 @@ class NoiseContrastive:
         True
     """
 
+    scores: ClassVar[bool] = True
     ratio: int = 4
     widen: float = 1.2
     regularisation: float = 0.0

@@ -54,6 +54,8 @@ class Walk(Protocol):
 def with_gradient(log_density: Density) -> LogDensity:
     """Log density and its gradient in the values, none of them part of a graph.
 
+    The function that is made raises ValueError where there is no gradient.
+
     >>> with_gradient(lambda x: -x.square().sum(-1) / 2)(torch.ones(1, 2))
     (tensor([-1.]), tensor([[-1., -1.]]))
     """
@@ -62,7 +64,15 @@ def with_gradient(log_density: Density) -> LogDensity:
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             value = log_density(x)
-            (gradient,) = torch.autograd.grad(value.sum(), x)
+            gradient = (
+                torch.autograd.grad(value.sum(), x, allow_unused=True)[0] if value.requires_grad else None
+            )
+        if gradient is None:
+            raise ValueError(
+                "the energy has no gradient in the values that it is given (does it look them up by x.long(), detach them, or leave "
+                "torch?), and this kernel moves by it; write it as a function of the numbers, such as (x * weights).sum(-1), or move "
+                "counted numbers by discrete=Gibbs(cardinalities)"
+            )
         return value.detach(), gradient
 
     return target

@@ -8,7 +8,7 @@ A discrete position is a tensor of indices `[C, m]`, variable i in 0..K_i-1. The
     Gibbs               log_density(z [R, m]) -> [R], for any number of rows R
     GibbsWithGradients  log_density(x [C, m, K]) -> [C] and gradient [C, m, K], x one-hot, K the largest K_i
 
-The kernels follow the protocol of `base`, without tuning. Shapes are fixed and nothing branches on a value, so a
+(`discrete_langevin` changes many variables at once, by the same gradients.) The kernels follow the protocol of `base`, without tuning. Shapes are fixed and nothing branches on a value, so a
 step can be recorded.
 
 References:
@@ -114,7 +114,7 @@ class Gibbs:
 
     def __post_init__(self) -> None:
         """Check the sizes and that the blocks cover everything."""
-        _check_cardinalities(self.cardinalities)
+        check_cardinalities(self.cardinalities)
         if self.scan not in ("systematic", "random"):
             raise ValueError(f"scan is 'systematic' or 'random', got {self.scan!r}")
         named = {i for block in self.blocks or () for i in block}
@@ -168,7 +168,7 @@ class Gibbs:
             for column in order.unbind(1):
                 block = Block(*(table[column] for table in stacked))
                 state = _draw(state, block, max(self._states), ragged, target)
-        return state, _info(torch.ones_like(state.log_density), state.log_density, self.evaluations)
+        return state, report(torch.ones_like(state.log_density), state.log_density, self.evaluations)
 
 
 def _draw(state: GibbsState, block: Block, states: int, ragged: bool, target: DiscreteDensity) -> GibbsState:
@@ -250,18 +250,13 @@ class GibbsWithGradients:
 
     def __post_init__(self) -> None:
         """Check the sizes."""
-        _check_cardinalities(self.cardinalities)
+        check_cardinalities(self.cardinalities)
         if self.moves < 1:
             raise ValueError(f"moves must be at least 1, got {self.moves}")
 
-    @cached_property
-    def _outside(self) -> Tensor:
-        """`[m, K]`: which entries of the one-hot code are no value of their variable."""
-        return torch.arange(max(self.cardinalities)) >= torch.tensor(self.cardinalities).unsqueeze(1)
-
     def init(self, position: Tensor, target: RelaxedDensity) -> RelaxedState:
         """The state at `position` `[C, m]`."""
-        return RelaxedState(position, *target(self._code(position)))
+        return RelaxedState(position, *target(one_hot(position, self.cardinalities, self.dtype)))
 
     def step(
         self, state: RelaxedState, tuning: Tuning | None, target: RelaxedDensity
@@ -276,7 +271,7 @@ class GibbsWithGradients:
             variable, value = pick // values, pick % values
             back = variable * values + z.gather(1, variable)
             new = z.scatter(1, variable, value)
-            new_density, new_gradient = target(self._code(new))
+            new_density, new_gradient = target(one_hot(new, self.cardinalities, self.dtype))
             new_logits = self._logits(new, new_gradient)
             forth, home = logits.gather(1, pick).squeeze(1), new_logits.gather(1, back).squeeze(1)
             gain = gained(new_density + home, log_density + forth)
@@ -284,13 +279,7 @@ class GibbsWithGradients:
             state = where(taken, RelaxedState(new, new_density, new_gradient), state)
             logits = torch.where(taken.unsqueeze(1), new_logits, logits)
             accept = accept + gain.clamp(max=0.0).exp() / self.moves
-        return state, _info(accept, state.log_density, self.moves)
-
-    def _code(self, z: Tensor) -> Tensor:
-        """One-hot, `[C, m, K]`."""
-        dtype = self.dtype or torch.get_default_dtype()
-        zeros = torch.zeros(*z.shape, max(self.cardinalities), dtype=dtype, device=z.device)
-        return zeros.scatter(2, z.unsqueeze(2), 1.0)
+        return state, report(accept, state.log_density, self.moves)
 
     def _logits(self, z: Tensor, gradient: Tensor) -> Tensor:
         """Log probabilities of all proposals, `[C, m K]`. All m ways to stay weigh 1 / m each."""
@@ -298,7 +287,7 @@ class GibbsWithGradients:
         half = (gradient - gradient.gather(2, present)) / 2
         half = half.scatter(2, present, -math.log(len(self.cardinalities)))
         if len(set(self.cardinalities)) > 1:
-            half = half.masked_fill(self._outside.to(z.device), -math.inf)
+            half = half.masked_fill(outside(self.cardinalities, z.device), -math.inf)
         return half.flatten(1).log_softmax(1)
 
 
@@ -312,12 +301,27 @@ def pick_of(probabilities: Tensor) -> Tensor:
     return (ends <= torch.rand_like(last) * last).sum(-1, keepdim=True).clamp(max=ends.shape[-1] - 1)
 
 
-def _info(accept: Tensor, log_density: Tensor, evaluations: int) -> Info:
+def one_hot(z: Tensor, cardinalities: tuple[int, ...], dtype: torch.dtype | None) -> Tensor:
+    """The code of indices `[C, m]`: `[C, m, K]`."""
+    dtype = dtype or torch.get_default_dtype()
+    zeros = torch.zeros(*z.shape, max(cardinalities), dtype=dtype, device=z.device)
+    return zeros.scatter(2, z.unsqueeze(2), 1.0)
+
+
+def outside(cardinalities: tuple[int, ...], device: torch.device) -> Tensor:
+    """`[m, K]`: which entries of the one-hot code are no value of their variable."""
+    sizes = torch.tensor(cardinalities, device=device)
+    return torch.arange(max(cardinalities), device=device) >= sizes.unsqueeze(1)
+
+
+def report(accept: Tensor, log_density: Tensor, evaluations: int) -> Info:
+    """What a step of a discrete kernel tells."""
     never = torch.zeros_like(accept, dtype=torch.bool)
     return Info(accept, -log_density, never, torch.full_like(accept, evaluations))
 
 
-def _check_cardinalities(cardinalities: tuple[int, ...]) -> None:
+def check_cardinalities(cardinalities: tuple[int, ...]) -> None:
+    """Raise a ValueError unless every variable has a value."""
     if not cardinalities or min(cardinalities) < 1:
         raise ValueError(
             f"cardinalities are the numbers of values, at least 1 each, of one variable or more; got {cardinalities}"

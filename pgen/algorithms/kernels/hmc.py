@@ -23,6 +23,7 @@ from torch import Tensor
 
 from pgen.algorithms.kernels.base import Info, LogDensity, Tuning, pull, push, where
 
+_SMALL = 1 << 19  # numbers that are drawn in one call
 DIVERGENT = 1000.0  # nats of energy gained, as in Stan: no accurate trajectory comes near it
 
 
@@ -160,8 +161,24 @@ def standard_normal(like: Tensor) -> Tensor:
     law exact to 1e-7 up to 5.7 standard deviations. Of a matrix with its columns side by side in memory they are drawn
     that way: torch fills what is not contiguous one number at a time.
     """
-    if like.dim() == 2 and like.stride(0) == 1 and not like.is_contiguous():
+    if _in_columns(like):
         return standard_normal(like.mT).mT
     if like.dtype != torch.float64:
         return torch.randn_like(like)
     return torch.randn(like.shape, dtype=torch.float32, device=like.device).to(torch.float64)
+
+
+def standard_normals(like: Tensor, n: int) -> tuple[Tensor, ...]:
+    """`n` of them; as long as they are small in one call, since a call takes longer than such numbers do."""
+    if n == 1 or n * like.numel() > _SMALL:
+        return tuple(standard_normal(like) for _ in range(n))
+    turned = _in_columns(like)
+    shape = like.mT.shape if turned else like.shape
+    wide = like.dtype == torch.float64
+    found = torch.randn(n, *shape, dtype=torch.float32 if wide else like.dtype, device=like.device)
+    found = found.to(torch.float64) if wide else found
+    return (found.mT if turned else found).unbind(0)
+
+
+def _in_columns(like: Tensor) -> bool:
+    return like.dim() == 2 and like.stride(0) == 1 and not like.is_contiguous()

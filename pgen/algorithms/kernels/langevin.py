@@ -30,7 +30,15 @@ import torch
 from torch import Tensor
 
 from pgen.algorithms.kernels.base import Info, LogDensity, Tuning, where
-from pgen.algorithms.kernels.hmc import Phase, State, initial, metropolis, standard_normal, trajectory
+from pgen.algorithms.kernels.hmc import (
+    Phase,
+    State,
+    initial,
+    metropolis,
+    standard_normal,
+    standard_normals,
+    trajectory,
+)
 
 
 @dataclass(frozen=True)
@@ -38,11 +46,11 @@ class ULA:
     """The unadjusted Langevin algorithm: biased, and so useful only with small steps, or as a proposal.
 
     A chain stays where it is, and its step is reported as diverging, if log density or gradient are not finite at
-    the end of the step. A number that is not finite never becomes one again, so the gradients on the way were.
+    the end of the step. What is not finite never becomes a number again, so the gradients on the way were finite.
 
     Attributes:
-        moves: of a step. The log density is of interest only after the last of them, and a recorded step leaves out
-            what computes it on the way; state and info are what they are after that many steps of one move.
+        moves: of a step. What is asked of the density is asked after the last of them only, and a recorded step
+            leaves out what computes it on the way.
 
     Example:
         >>> from pgen.algorithms.kernels.base import untuned
@@ -66,8 +74,8 @@ class ULA:
     def step(self, state: State, tuning: Tuning, target: LogDensity) -> tuple[State, Info]:
         """`moves` moves of every chain; recordable."""
         end = state
-        for _ in range(self.moves):
-            phase = _step(end, tuning, target)[1]
+        for noise in standard_normals(state.position, self.moves):
+            phase = _step(end, noise, tuning, target)[1]
             end = State(phase.position, phase.log_density, phase.gradient)
         # A sum is finite only where its terms are.
         sound = (end.log_density + end.gradient.sum(-1)).isfinite()
@@ -100,11 +108,11 @@ class MALA:
 
     def step(self, state: State, tuning: Tuning, target: LogDensity) -> tuple[State, Info]:
         """One proposal to every chain; recordable."""
-        begin, end = _step(state, tuning, target)
+        begin, end = _step(state, standard_normal(state.position), tuning, target)
         return metropolis(state, begin, end, 1)
 
 
-def _step(state: State, tuning: Tuning, target: LogDensity) -> tuple[Phase, Phase]:
+def _step(state: State, noise: Tensor, tuning: Tuning, target: LogDensity) -> tuple[Phase, Phase]:
     """The Langevin proposal, as the end of a leapfrog step, and its beginning."""
-    begin = Phase(state.position, standard_normal(state.position), state.gradient, state.log_density)
+    begin = Phase(state.position, noise, state.gradient, state.log_density)
     return begin, trajectory(begin, tuning.step_size, tuning.scale, target, 1)

@@ -44,6 +44,7 @@ _OUT = [
     "mm",
     "bmm",
     "addmm",
+    "addcmul",
     "erf",
     "lgamma",
     "digamma",

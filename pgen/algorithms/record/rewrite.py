@@ -4,6 +4,7 @@
     never         exp(x) < 0 is false; what is masked or chosen by constants is not masked or chosen
     unexpanded    f(expand(x)) = expand(f(x)): element by element, what repeats is computed once
     merged        (x - a) - b = x - (a + b), (x a) b = x (a b), -(x a) = x (-a), for constants a and b
+    doubled       x a + x a = x (2 a): the gradient of a square
     one_view      a view of a view is a view
     one_sum       a sum of a sum is a sum
     not_indexed   x[[0, 1, 2]] is x
@@ -281,6 +282,18 @@ def merged_factors(b: Builder, op: Op) -> Ref | None:
     return b.like(b.emit(_MUL, inner[0], factor), op)
 
 
+def doubled(b: Builder, op: Op) -> Ref | None:
+    """What is a multiple by a constant, added to itself: a multiple by twice the constant."""
+    if op.kwargs or len(op.args) != 2 or not isinstance(op.args[0], Ref) or op.args[0] != op.args[1]:
+        return None
+    made = b.made.get(op.args[0].index) if b.uses[op.args[0].index] == 2 else None
+    inner = as_factor(b, made) if made is not None else None
+    if inner is None or inner[2] or not _one_type(b, inner[0], op):
+        return None
+    factor = _applied(b, _MUL, _unrepeated(b, inner[1]), 2.0)
+    return b.like(b.emit(_MUL, inner[0], factor), op) if _narrow(b, factor, op) else None
+
+
 def _quotient(b: Builder, one: Any, first: Any, second: Any) -> Any:
     return _applied(b, _DIV, one, _applied(b, _MUL, first, second))
 
@@ -301,6 +314,16 @@ def _applied(b: Builder, func: Any, *args: Any) -> Any:
 _ON_NUMBERS: dict[Any, Any] = {
     _NEG: operator.neg, _ADD: operator.add, _SUB: operator.sub, _MUL: operator.mul, _DIV: operator.truediv,
 }  # fmt: skip
+
+
+def _unrepeated(b: Builder, constant: Any) -> Any:
+    """A constant without the dimensions along which it only repeats, but for one place."""
+    if isinstance(constant, Ref):
+        value = b.value(constant)
+        for d, (size, stride) in enumerate(zip(value.shape, value.stride(), strict=True)):
+            if size > 1 and stride == 0:
+                constant = b.emit(aten.slice.Tensor, constant, d, 0, 1)
+    return constant
 
 
 def _narrow(b: Builder, constant: Any, op: Op) -> bool:
@@ -343,5 +366,6 @@ RULES = (
     (frozenset({_ADD, _SUB, _NEG, aten.add.Scalar, aten.sub.Scalar, aten.rsub.Scalar}), merged_terms),
     (frozenset({_MUL, _DIV, _NEG, aten.mul.Scalar, aten.div.Scalar}), merged_factors),
     (frozenset({aten.stack.default}), restacked),
+    (frozenset({_ADD}), doubled),
     (frozenset({_ADD}), one_total),
 )

@@ -90,7 +90,14 @@ class Exact:
         if isinstance(learned, Refusal):
             return learned
         bounded = _bounded(paths) if self.estimate == "marginal" else frozenset[str]()
+        if self.estimate == "marginal":  # what no data bear upon integrates to one: nothing is learned there
+            barren = set(structure.latents) - structure.evidenced
+            learned = {site: path for site, path in learned.items() if site not in barren}
+        else:
+            barren = set[str]()
         for site, path in {**paths, **learned}.items():
+            if site in barren:
+                continue
             if exactness_of(path) is Exactness.EXACT or _bounds_evidence(structure, site, bounded):
                 continue
             if exactness_of(path) is not Exactness.LOWER_BOUND and self._learnable(structure, site):
@@ -151,7 +158,8 @@ class Exact:
         # Rows that share a latent have one evidence, which no batch of them can estimate.
         learned = (problem.whole() if structure.tied else problem).learning
         player = Player(parameters.tensors, loss, watched(problem.learners))
-        answers.history = maximise(player, learned, structure, run, parameters.buffers)
+        if structure.observed or structure.factors:  # else there is nothing to learn from
+            answers.history = maximise(player, learned, structure, run, parameters.buffers)
         if parameters.tensors:
             answers.prove()
         return answers

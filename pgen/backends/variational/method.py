@@ -160,7 +160,7 @@ class Variational:
             guide=None if callable(self.guide) else self.guide,
             enumerated=self.enumerate == "auto",
             simulated=self.objective == "forward-kl",
-            valued=self.objective != "elbo",
+            valued=self.objective != "elbo" or "importance" in (self.evaluate, self.correction),
         )
         if isinstance(found, Refusal):
             return found

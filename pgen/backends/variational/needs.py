@@ -118,7 +118,8 @@ def offer(
     asked = Exactness.LOWER_BOUND if bound else Exactness.ESTIMATE
     if not found.drawn and not structure.factors:
         asked = Exactness.EXACT if structure.observed else asked
-    answers[Query.LOG_PROB] = weakest([asked, *kinds])
+    if not any(_floats(structure, name, path) for name, path in found.paths.items()):
+        answers[Query.LOG_PROB] = weakest([asked, *kinds])
     inferred = Exactness.ESTIMATE if found.drawn or structure.factors else Exactness.EXACT
     answers[Query.POSTERIOR] = answers[Query.MARGINALS] = inferred
     paths = drawn[0] if drawn else found.paths
@@ -180,6 +181,12 @@ def _unguided(site: Site, structure: Structure, guide: str) -> Refusal | None:
     return None
 
 
+def _floats(structure: Structure, name: str, path: Any) -> bool:
+    """Whether the constant that is missing from a density depends on a latent: an average over that latent means nothing."""
+    above = set(structure.sites[name].parents).intersection(structure.latents)
+    return bool(above) and exactness_of(path) is Exactness.UNNORMALIZED
+
+
 def _misweighed(name: str, structure: Structure, path: Any, valued: bool) -> Refusal | None:
     """Why a surrogate cannot stand at a site: the constant that it leaves out differs between draws that are weighed."""
     site = structure.sites[name]
@@ -196,10 +203,12 @@ def _misweighed(name: str, structure: Structure, path: Any, valued: bool) -> Ref
     more = (
         "which is discrete: draws of it are weighed by that value"
         if finite
-        else "whose draws this objective weighs by that value"
+        else "whose draws are weighed by that value here"
     )
     return Refusal(
         name,
         "a log_prob whose value is right",
-        why + more + "; use objective='elbo' and continuous latents above it",
+        why
+        + more
+        + "; use objective='elbo', evaluate='bound', correction='none' and continuous latents above it",
     )
