@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -174,8 +175,10 @@ class Lent:
     pgen_fixed = True  # what is lent to it is learned elsewhere
 
     def __init__(self, fn: Any, context: Callable[[], AbstractContextManager[Any]]) -> None:
-        """Keep both."""
+        """Keep both; of a function that is lent something already, both contexts, that which it had first within."""
         self._fn, self.context = fn, context
+        if isinstance(fn, Lent):
+            self._fn, self.context = fn._fn, partial(_nested, context, fn.context)
 
     def __call__(self, *args: Any) -> Any:
         """Call the function in the context."""
@@ -208,6 +211,14 @@ class Lent:
     def _held(self, name: str) -> list[Tensor]:
         with self.context():
             return list(getattr(self._fn, name, tuple)())
+
+
+@contextmanager
+def _nested(
+    outer: Callable[[], AbstractContextManager[Any]], inner: Callable[[], AbstractContextManager[Any]]
+) -> Iterator[None]:
+    with outer(), inner():
+        yield
 
 
 class StandIn(Messenger):

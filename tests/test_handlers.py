@@ -1,6 +1,7 @@
 """The handlers: batches stand for the whole without bias; values keep their roles."""
 
 import itertools
+from contextlib import contextmanager
 
 import pyro
 import pyro.distributions as dist
@@ -8,7 +9,7 @@ import pytest
 import torch
 from pyro import poutine
 
-from pgen.handlers import Observe, ScaleRows, Substitute, without_missing
+from pgen.handlers import Lent, Observe, ScaleRows, Substitute, without_missing
 from pgen.inspection import inspect_problem
 from pgen.problem import Problem
 
@@ -99,3 +100,21 @@ def test_gradients_flow_past_missing_values():
     law, value = without_missing("x", dist.Normal(loc, 1.0), torch.tensor([1.0, float("nan"), -1.0]))
     law.log_prob(value).sum().backward()
     assert loc.grad.tolist() == [1.0, 0.0, -1.0]
+
+
+def test_what_is_lent_twice_is_in_both_contexts_and_what_it_had_first_wins():
+    held = {"a": "own", "b": "own"}
+
+    @contextmanager
+    def lending(**values):
+        before = dict(held)
+        held.update(values)
+        yield
+        held.update(before)
+
+    once = Lent(lambda: dict(held), lambda: lending(a="first"))
+    twice = Lent(once, lambda: lending(a="second", b="second"))
+    assert twice() == {"a": "first", "b": "second"}
+    with twice.context():  # as a law does whose networks run later
+        assert held == {"a": "first", "b": "second"}
+    assert held == {"a": "own", "b": "own"}

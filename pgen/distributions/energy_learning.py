@@ -31,7 +31,7 @@ from pgen.algorithms.energy.discrepancy import ConditionalNoiseContrastive, Ener
 from pgen.algorithms.energy.likelihoods import PseudoLikelihood, RatioMatching
 from pgen.algorithms.energy.matching import DenoisingScoreMatching, ScoreMatching, SlicedScoreMatching
 from pgen.algorithms.energy.noise_contrastive import NoiseContrastive
-from pgen.algorithms.energy.reference import Reference, closest
+from pgen.algorithms.energy.reference import Law, Pool, Reference, closest
 from pgen.algorithms.energy.space import Space
 from pgen.capability import Capability, Exactness, capabilities_of
 from pgen.conversion import Conversion, Converted, unexpanded
@@ -42,6 +42,7 @@ from pgen.registry import hookimpl
 _IMAGINED = 256  # draws that a memory is made from where there are no data
 _WAYS = 64  # directions in which it is looked whether a density falls off
 _FAR = (1e3, 1e6)
+_PASSES, _POOL = 16, 4096  # of networks for one draw, from which on draws are made beforehand, and how many
 _WIDER = 1.2  # than the data: a law that chains may leap to
 _WIDE, _STUCK = 5.0, 0.05
 
@@ -84,7 +85,7 @@ def learned_by(objective: Any, *, name: str | None = None, cost: float = 100.0) 
         if single and base is not None and _drawable(base):
             known = _Base(base)
             if data is None or closest(seen, Reference(seen, space, widen=_WIDER), known) is known:
-                options["reference"] = known
+                options["reference"] = quick(known)
         sweep = sweep_of(law)
         if sweep is not None and isinstance(objective, Chained):
             options["sweep"] = sweep
@@ -229,6 +230,11 @@ class _Base(nn.Module):
         super().__init__()
         self._law = [law]  # its networks are not ours to learn
 
+    @property
+    def passes(self) -> int:
+        """Times that networks run for a draw."""
+        return getattr(self._law[0], "passes", 1)
+
     def sample(self, n: int) -> Tensor:
         """Draws `[n, *event]`."""
         return self._law[0].sample((n,))
@@ -236,6 +242,15 @@ class _Base(nn.Module):
     def log_prob(self, x: Tensor) -> Tensor:
         """Log densities `[n]`."""
         return self._law[0].log_prob(x)
+
+
+def quick(base: _Base) -> Law:
+    """A base that chains can leap to at every step: draws of one that is slow, and fixed, are made beforehand."""
+    if base.passes <= _PASSES:
+        return base
+    with torch.enable_grad():
+        fixed = not base.log_prob(base.sample(1)).requires_grad
+    return Pool(base, _POOL) if fixed else base
 
 
 def _drawable(base: Any) -> bool:
@@ -274,7 +289,12 @@ def start_of(law: Any, lead: torch.Size) -> tuple[Tensor, Any]:
     """
     space, n = space_of(law), lead.numel()
     base = base_of(law)
-    law_of_leaps = _Base(base) if base is not None and _drawable(base) else None
+    law_of_leaps = None
+    if base is not None and _drawable(base):
+        kept: dict[str, Any] = getattr(law, "found", {})
+        law_of_leaps = kept.get("leaps") or quick(_Base(base))
+        if isinstance(law_of_leaps, Pool):
+            kept["leaps"] = law_of_leaps
     for memory in getattr(law, "memories", {}).values():
         chains: Tensor | None = getattr(getattr(memory, "inner", None), "position", None)
         if chains is not None and len(chains):

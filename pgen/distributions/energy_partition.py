@@ -15,7 +15,7 @@ from torch import Size, Tensor
 from pgen.algorithms.energy.annealed import Annealing
 from pgen.algorithms.energy.draws import LongRun
 from pgen.algorithms.energy.quadrature import quadrature
-from pgen.algorithms.energy.reference import Reference, closest
+from pgen.algorithms.energy.reference import Pool, Reference, closest
 from pgen.algorithms.energy.route import Own, Tilted
 from pgen.algorithms.energy.sums import enumerated
 from pgen.algorithms.energy.walks import Usual
@@ -138,7 +138,10 @@ def annealed_by(
         if tempered is not None:
             route: Any = Own(tempered)
         else:
-            known = closest(drawn, Reference(drawn, space, widen=_WIDER), reference)
+            fresh = (
+                reference.law if isinstance(reference, Pool) else reference
+            )  # chains begin at draws that are independent
+            known = closest(drawn, Reference(drawn, space, widen=_WIDER), fresh)
             route = Tilted(known, density, Usual(space).walk())
         found = how.run(route, drawn)
         return Normaliser(found.log_z, found.stderr, found.lower, found.upper)

@@ -69,7 +69,7 @@ class Flow(TorchDistribution):
     ) -> None:
         self.flow = flow
         self.context = context
-        self.law = flow() if context is None else flow(context)
+        self.law = _unchecked(flow() if context is None else flow(context))
         own = Size(self.law.event_shape)
         event_shape = own if event_shape is None else Size(event_shape)
         if len(own) != 1 or math.prod(event_shape) != own[0]:
@@ -90,12 +90,21 @@ class Flow(TorchDistribution):
             return own
         return constraints.independent(constraints.real, len(self.event_shape))
 
+    @property
+    def passes(self) -> int:
+        """Times that networks run for a draw, one after the other: many where a transformation is autoregressive."""
+        transform = getattr(self.law, "transform", None)
+        parts = getattr(transform, "transforms", [transform])
+        return sum(getattr(part, "passes", 1) for part in parts)
+
     def expand(self, batch_shape: Size, _instance: Any = None) -> Flow:
         """The same law, its batch shape broadcast to another."""
         new: Any = self._get_checked_instance(Flow, _instance)
         new.flow = self.flow
         new.context = expand_context(self.context, Size(batch_shape))
-        new.law = (self.law if self.context is not None else self.flow()).expand(Size(batch_shape))
+        new.law = _unchecked(
+            (self.law if self.context is not None else self.flow()).expand(Size(batch_shape))
+        )
         new._last = None
         TorchDistribution.__init__(new, Size(batch_shape), self.event_shape, validate_args=False)
         new._validate_args = self._validate_args
@@ -158,3 +167,12 @@ class Flow(TorchDistribution):
                 f"{math.prod(self.event_shape)}]"
             )
         return flat.reshape(*flat.shape[:-1], *self.event_shape)
+
+
+def _unchecked(law: Any) -> Any:
+    """A flow whose base looks at no values: `Flow` has looked already, and a look at values cannot be recorded."""
+    part = law
+    while part is not None:
+        part._validate_args = False
+        part = getattr(part, "base", None) or getattr(part, "base_dist", None)
+    return law

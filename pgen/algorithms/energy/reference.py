@@ -93,6 +93,41 @@ class Reference(nn.Module):
         return normal + mass - self.space.volume(q)
 
 
+class Pool(nn.Module):
+    """A law whose draws were made beforehand, for one that takes long to draw from: an autoregressive flow, say.
+
+    What is drawn is picked from them, with replacement; so it is the law itself only as far as they are many.
+
+    Args:
+        law: densities are its own.
+        size: draws that are made.
+        together: so many at a time.
+
+    Example:
+        >>> from torch.distributions import constraints
+        >>> law = Pool(Reference(torch.tensor([[0.0], [2.0]]), Space.of(constraints.real, (1,))), size=10)
+        >>> len(law.sample(1000).unique())
+        10
+    """
+
+    draws: Tensor
+
+    def __init__(self, law: Law, size: int, together: int = 1024) -> None:
+        super().__init__()
+        self.law = law
+        with torch.no_grad():
+            parts = [law.sample(min(together, size - i)) for i in range(0, size, together)]
+        self.register_buffer("draws", torch.cat(parts))
+
+    def sample(self, n: int) -> Tensor:
+        """Draws `[n, *event]`, some of them the same."""
+        return self.draws.index_select(0, torch.randint(len(self.draws), (n,), device=self.draws.device))
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Log densities `[n]`."""
+        return self.law.log_prob(x)
+
+
 def closest(draws: Tensor, *laws: Law | None) -> Law:
     """The law under which draws `[N, *event]` are most probable: the one nearest to theirs."""
     known = [law for law in laws if law is not None]
