@@ -3,7 +3,7 @@
 from pgen.testing.calibration import coverage, sbc
 from pgen.testing.calibration_report import Calibration, CalibrationRow, Coverage, CoverageRow
 from pgen.testing.conformance import CHECKS, Report, ReportRow, conformance, conformance_report
-from pgen.testing.problems import DENOISED, LEARNED, SUITED, UNSUITABLE, Reference
+from pgen.testing.problems import DENOISED, ENERGIES, LEARNED, SUITED, UNSUITABLE, Reference
 from pgen.testing.statistics import (
     StatisticalFailure,
     assert_distribution,
@@ -23,6 +23,7 @@ from pgen.testing.statistics import (
 __all__ = [
     "CHECKS",
     "DENOISED",
+    "ENERGIES",
     "LEARNED",
     "SUITED",
     "UNSUITABLE",

@@ -214,9 +214,21 @@ def _judge(subject: Subject, estimate: Estimate, truth: Tensor, what: str) -> No
         forgiven = torch.minimum(error.abs(), owned)
         stats.assert_estimate(value - error.sign() * forgiven, truth, stderr, alpha=alpha, what=what)
     elif estimate.kind is Exactness.UNNORMALIZED:
-        _claim(
-            bool((error - error[0]).abs().max() < 1e-3),
-            f"{what} is offered up to a constant, and differs from the truth by {error.tolist()}",
+        if stderr is None:
+            _claim(
+                bool((error - error[0]).abs().max() < 1e-3),
+                f"{what} is offered up to a constant, and differs from the truth by {error.tolist()}",
+            )
+            return
+        apart, owned = error - error[0], stderr.double().square()
+        forgiven = torch.minimum(apart.abs(), owned + owned[0])  # as above
+        both = (owned + owned[0]).sqrt()
+        stats.assert_estimate(
+            apart - apart.sign() * forgiven,
+            torch.zeros_like(apart),
+            both,
+            alpha=alpha,
+            what=f"{what}, up to a constant",
         )
 
 

@@ -32,13 +32,14 @@ from pgen.testing import checks_contract as contract
 from pgen.testing import checks_hygiene as hygiene
 from pgen.testing import checks_shapes as shapes
 from pgen.testing import checks_truth as truth
-from pgen.testing.problems import DENOISED, LEARNED, SUITED, UNSUITABLE, Reference
+from pgen.testing.problems import DENOISED, ENERGIES, LEARNED, SUITED, UNSUITABLE, Reference
 from pgen.testing.subject import NotApplicable, Settings, Subject
 
 Check = Callable[[Subject], None]
 Outcome = Literal["passed", "failed", "not applicable", "expected failure", "unexpected pass"]
 
-_KNOWN = (*SUITED, *DENOISED)
+_ASKED_FOR = (*DENOISED, *ENERGIES)
+_KNOWN = (*SUITED, *_ASKED_FOR)
 _SERVED = (*_KNOWN, *LEARNED)
 _ALL = (*_SERVED, *UNSUITABLE)
 
@@ -88,7 +89,8 @@ def conformance(
         expected_failures: reasons by `"check[problem]"`, or `"check"` for all its problems. These tests are
             expected to fail, and fail the suite where they pass (a strict xfail).
         run: how the backend is fitted where its answers are compared with the truth; if None, in 400 steps.
-        problems: names of the problems to look at; if None, all but `DENOISED`, whose densities are no backend's own.
+        problems: names of the problems to look at; if None, all but `DENOISED` and `ENERGIES`, whose densities are no
+            backend's own.
         tolerance: error of what is offered as an estimate that passes, in posterior standard deviations.
         alpha: probability that a check of random numbers fails although the backend is right.
 
@@ -130,7 +132,8 @@ def conformance_report(
         backend: a backend, a class, or the name of an installed one.
         expected_failures: reasons by `"check[problem]"` or `"check"`.
         run: how the backend is fitted; if None, in 400 steps.
-        problems: names of the problems to look at; if None, all but `DENOISED`, whose densities are no backend's own.
+        problems: names of the problems to look at; if None, all but `DENOISED` and `ENERGIES`, whose densities are no
+            backend's own.
         tolerance: error of an estimate that passes, in posterior standard deviations.
         alpha: probability of a false alarm of each check.
         progress: called with every row as it comes.
@@ -301,7 +304,7 @@ _BY_NAME: dict[str, tuple[Check, Reference | None]] = {
 def _names(problems: Collection[str] | None) -> list[str]:
     """Names of the checks on some problems."""
     known = [p.name for p in _ALL]
-    usual = [p.name for p in _ALL if p not in DENOISED]
+    usual = [p.name for p in _ALL if p not in _ASKED_FOR]
     for problem in problems or ():
         if problem not in known:
             raise OptionError(f"problems names {problem!r}; there are {', '.join(known)}")

@@ -3,7 +3,7 @@
 Each `Reference` is a small program with data, and closed forms (in float64) of everything that a fit can be
 asked: the marginal log probability of data, the posterior law of every latent site, some joint expectations
 under the posterior, and the law of a draw of every site. `SUITED` are programs that a backend may serve;
-`DENOISED` have a site of which only a denoiser is known; `LEARNED` has something to learn, with a known
+`DENOISED` have a site of which only a denoiser is known, `ENERGIES` one that is known up to a constant; `LEARNED` has something to learn, with a known
 optimum; `UNSUITABLE` are programs that most backends must refuse, by naming the site.
 
 >>> coin = next(p for p in SUITED if p.name == "beta-bernoulli")
@@ -24,7 +24,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pgen.testing import denoised
+from pgen.testing import denoised, energies
 from pgen.testing.unsuitable import LearnedEnergy, branching, implicit
 
 Data = Mapping[str, Tensor]
@@ -397,6 +397,25 @@ DENOISED: tuple[Reference, ...] = (
         _denoised_posterior,
         _denoised_joint,
         predictive=lambda: {"z": denoised.prior(), "y": denoised.seen()},
+    ),
+)
+
+ENERGIES: tuple[Reference, ...] = (
+    Reference(
+        "energy",
+        energies.energy,
+        {"x": _X[:, None] - 1.0},
+        lambda data: energies.hills().log_prob(_f64(data["x"]))[:, 0],
+        lambda data: {},
+        predictive=lambda: {"x": energies.hills()},
+    ),
+    Reference(
+        "energy-latent",
+        energies.energy_latent,
+        {"x": _X},
+        lambda data: energies.seen().log_prob(_f64(data["x"])),
+        lambda data: {"z": energies.posterior(data)},
+        predictive=lambda: {"z": energies.prior(), "x": energies.seen()},
     ),
 )
 

@@ -14,7 +14,7 @@ from pgen.testing import problems, unsuitable
 from pgen.testing import statistics as stats
 from pgen.testing.checks_truth import assert_law, moments_of
 
-KNOWN = {p.name: p for p in (*problems.SUITED, *problems.DENOISED)}
+KNOWN = {p.name: p for p in (*problems.SUITED, *problems.DENOISED, *problems.ENERGIES)}
 EVERY = KNOWN | {p.name: p for p in (*problems.LEARNED, *problems.UNSUITABLE)}
 SUITED = {p.name: p for p in problems.SUITED}
 
@@ -83,7 +83,7 @@ def test_evidence_and_posterior_of_a_denoised_latent_agree_with_weighted_draws()
         stats.assert_mean((found[:, None] - expected) * weights[..., None], 0.0, what="posterior expectation")
 
 
-@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize("name", [p.name for p in (*problems.SUITED, *problems.DENOISED)])
 def test_predictive_laws_are_those_of_the_program(name):
     reference = KNOWN[name]
     structure, problem = inspect_problem(Problem.of(reference.program, reference.data))
@@ -152,3 +152,31 @@ def test_the_unsuitable_ones_are():
     assert structure.sites["energy"].params == ("slope",)
     structure, _ = inspect_problem(Problem.of(unsuitable.branching, EVERY["branching"].data))
     assert structure.leaks
+
+
+@pytest.mark.parametrize("name", [p.name for p in problems.ENERGIES])
+def test_energies_are_the_laws_that_are_said_of_them_up_to_a_constant(name):
+    reference = KNOWN[name]
+    _, problem = inspect_problem(Problem.of(reference.program, reference.data))
+    site = "z" if name == "energy-latent" else "x"
+    law = poutine.trace(problem).get_trace().nodes[site]["fn"]
+    values = torch.linspace(-3.0, 3.0, 61)[:, None, None]  # for one of the rows
+    found = law.single.log_density(values)[:, 0].double()
+    error = found - reference.predictive()[site].log_prob(values.double())[:, 0, 0]
+    assert float((error - error[0]).abs().max()) < 1e-5
+    assert float(error[0].abs()) > 0.5  # the constant is not theirs
+
+
+def test_evidence_and_posterior_of_a_latent_energy_by_quadrature():
+    reference = KNOWN["energy-latent"]
+    z = torch.linspace(-8.0, 8.0, 8001, dtype=torch.float64)
+    x = reference.data["x"].double()[:, None]
+    joint = reference.predictive()["z"].log_prob(z[:, None])[:, 0] + torch.distributions.Normal(
+        z, 0.75
+    ).log_prob(x)
+    evidence = torch.trapezoid(joint.exp(), z).log()
+    torch.testing.assert_close(evidence, reference.log_prob(reference.data))
+    law = reference.posterior(reference.data)["z"]
+    torch.testing.assert_close(torch.trapezoid((joint - evidence[:, None]).exp() * z, z), law.mean[:, 0])
+    second = torch.trapezoid((joint - evidence[:, None]).exp() * z.square(), z)
+    torch.testing.assert_close(second, (law.variance + law.mean.square())[:, 0])

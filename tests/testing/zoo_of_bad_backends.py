@@ -27,7 +27,7 @@ from pgen.testing import problems
 
 REFERENCES = {
     getattr(p.program, "__name__", type(p.program).__name__): p
-    for p in (*problems.SUITED, *problems.DENOISED, *problems.LEARNED)
+    for p in (*problems.SUITED, *problems.DENOISED, *problems.ENERGIES, *problems.LEARNED)
 }
 EXACTLY = dict.fromkeys(Query, Exactness.EXACT)
 
