@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from pgen.algorithms.record import Inductor, products, replay_of
+from pgen.algorithms.record import Inductor, products, record, replay_of
 from pgen.algorithms.record.products import LEAST, by_onednn, with_products
 from pgen.algorithms.record.recording import recording_of
 
@@ -45,6 +45,16 @@ def test_small_ones_and_those_in_double_precision_stay(rows, width, dtype):
     tape, x = recorded(rows, width, dtype)
     assert dtype != torch.float32 or rows * width * 300 < LEAST
     assert with_products(tape, tape.run([x])).ops == tape.ops
+
+
+def test_a_recording_can_ask_for_them():
+    layer, x = nn.Linear(200, 300), torch.randn(64, 200)
+    fast = record(lambda x: layer(x).tanh(), compile="products")
+    for _ in range(2):
+        torch.testing.assert_close(fast(x), layer(x).tanh().detach(), rtol=1e-5, atol=1e-6)
+        x = x + 1
+    with pytest.raises(ValueError, match="'products', 'inductor'"):
+        record(layer, compile="product")
 
 
 @pytest.mark.slow

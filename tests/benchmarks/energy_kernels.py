@@ -5,7 +5,8 @@
 A chain-step is one transition of one chain; HMC's has five leapfrogs. Energies: `gauss`, |x|^2 / 2v with v from 0.5 to 2, and
 `mlp`, d-128-128-1 with SiLU plus |x|^2 / 2. Single precision, one core; all ways take turns, the median of several rounds is
 printed. pgen's kernels end with log density and gradient at the last position; so do the bare loops of MALA and HMC. `--compile`
-adds recordings compiled by inductor. ULA looks whether its numbers are finite after every 24 moves. Peers that are not installed are left out.
+adds recordings compiled by inductor. ULA looks whether its numbers are finite after every 24 moves, or 6 of many
+chains. Peers that are not installed are left out.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from pgen.algorithms.kernels.iterate import moved
 from pgen.algorithms.kernels.langevin import MALA, ULA
 from pgen.algorithms.record import record
 
-EPS, LEAPS, STEP, MOVES = 1e-2, 5, 0.1, 24
+EPS, LEAPS, STEP = 1e-2, 5, 0.1
 Way = Callable[[], Any]
 
 
@@ -71,9 +72,10 @@ def ours(energy: nn.Module, x: Tensor, steps: int, compiled: bool) -> dict[str, 
 
         targets[", hand gradient"] = by_hand
     found: dict[str, Way] = {}
-    scale = torch.ones(())
+    small = x.numel() <= 128_000 and (isinstance(energy, Gauss) or len(x) <= 1000)
+    scale, moves = torch.ones(()), 24 if small else 6
     for name, kernel, step in (
-        ("ULA", ULA(MOVES), (2 * EPS) ** 0.5),
+        ("ULA", ULA(moves), (2 * EPS) ** 0.5),
         ("MALA", MALA(), (2 * EPS) ** 0.5),
         ("HMC", HMC(LEAPS, jitter=0.0), STEP),
     ):
@@ -81,10 +83,10 @@ def ours(energy: nn.Module, x: Tensor, steps: int, compiled: bool) -> dict[str, 
         for label, target in targets.items():
             state = kernel.init(x, target)
             for how in ("", ", compiled") if compiled else ("",):
-                wrap = functools.cache(functools.partial(record, compile="inductor" if how else None))
+                wrap = functools.cache(functools.partial(record, compile="inductor" if how else "products"))
                 draws = steps // getattr(kernel, "moves", 1)
                 found[f"{name} pgen{label}{how}"] = functools.partial(
-                    moved, kernel, state, tuning, target, draws, wrap, together=1 if draws < steps else 8
+                    moved, kernel, state, tuning, target, draws, wrap, 1 if draws < steps else None
                 )
     return found
 

@@ -20,7 +20,11 @@ from pgen.algorithms.kernels.base import Kernel, LogDensity, Tuning
 
 Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
 
-TOGETHER = 8
+_TOGETHER, _CHAINS, _NUMBERS = (
+    8,
+    1 << 15,
+    1 << 20,
+)  # steps as one; chains, and their numbers, of all steps together
 _NARROW, _MANY = 8, 32  # numbers of a chain, and chains
 
 
@@ -97,7 +101,7 @@ def moved(
     target: LogDensity,
     draws: int,
     wrap: Wrap = unwrapped,
-    together: int = TOGETHER,
+    together: int | None = None,
 ) -> tuple[Any, Any]:
     """Where `draws` iterations of every chain lead: the last state, and what the last iteration reports.
 
@@ -111,7 +115,8 @@ def moved(
         target: the log density and its gradient.
         draws: how many iterations.
         wrap: applied to straight-line parts, such as `functools.cache(record)`.
-        together: steps in such a part. What a recording takes to make grows with it.
+        together: steps in such a part; by default 8, and fewer of large states, whose steps are worth a call
+            each. The time and memory that a recording takes to make grow with it.
 
     Raises:
         ValueError: no iterations, or no steps in a part.
@@ -126,8 +131,11 @@ def moved(
         >>> bool(state.position.mean().abs() < 0.1)
         True
     """
-    if draws < 1 or together < 1:
+    if draws < 1 or (together is not None and together < 1):
         raise ValueError(f"draws and together are at least 1, got {draws} and {together}")
+    if together is None:
+        q = state[0]
+        together = max(1, min(_TOGETHER, _CHAINS // max(1, len(q)), _NUMBERS // max(1, q.numel())))
     state = _side_by_side(state)
     step = Step(kernel, target)
     whole, rest = divmod(draws, together)

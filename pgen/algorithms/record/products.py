@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pgen.algorithms.record.machine import is_amd
-from pgen.algorithms.record.replay import Replay, replay_of
+from pgen.algorithms.record.replay import Replay, buffered, replay_of
 from pgen.algorithms.record.tape import Op, Ref, Tape
 from pgen.algorithms.record.verify import Trial, aside
 
@@ -40,7 +40,10 @@ def by_onednn(tape: Tape, inputs: Sequence[Tensor]) -> Replay:
     """
     with aside():
         values = Trial.on(tape, inputs).values(tape)
-    return replay_of(with_products(tape, values), {i: value.nbytes for i, value in values.items()})
+    changed = with_products(tape, values)
+    if changed.ops == tape.ops:
+        return buffered(tape, values)
+    return replay_of(changed, {i: value.nbytes for i, value in values.items()})
 
 
 def with_products(tape: Tape, values: Mapping[int, Tensor]) -> Tape:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils import _device
 
 from pgen.algorithms.record.inductor import Inductor
+from pgen.algorithms.record.products import by_onednn, pays
 from pgen.algorithms.record.recorder import Unrecordable
 from pgen.algorithms.record.recording import Compiler, Recording, recording_of
 from pgen.algorithms.record.replay import flattener_of
@@ -170,7 +171,8 @@ def record(fn: Callable[P, R], *, fallback: bool = True, compile: str | None = N
         fn: takes nested tuples, lists and dicts of tensors, and plain values; gives such nested tensors. What it does
             may depend on plain values and shapes, not on the values of tensors.
         fallback: run the function itself where it cannot be recorded, with a warning that names the line; else raise.
-        compile: "inductor" to have torch's compiler make one native function of the operations, which takes some
+        compile: "products" for large products of matrices by the library that suits the processor, at no cost (see
+            `products.py`); "inductor" to have torch's compiler make one native function of the operations, which takes some
             twenty seconds where it was not done before (see `Inductor`); "background" to replay them until that is
             done: then results change by round-off at a call that depends on the clock, so that no two runs are the
             same to the last bit.
@@ -191,10 +193,10 @@ def record(fn: Callable[P, R], *, fallback: bool = True, compile: str | None = N
         (tensor([13.]), tensor([[4., 6.]]))
     """
     compilers: dict[str | None, Compiler | None] = {
-        None: None, "inductor": Inductor(), "background": Inductor(wait=False),
+        None: None, "products": by_onednn if pays() else None, "inductor": Inductor(), "background": Inductor(wait=False),
     }  # fmt: skip
     if compile not in compilers:
-        raise ValueError(f"compile takes 'inductor', 'background' or None, got {compile!r}")
+        raise ValueError(f"compile takes 'products', 'inductor', 'background' or None, got {compile!r}")
     return Recorded(fn, fallback=fallback, compiler=compilers[compile])
 
 
