@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from torch import Tensor, nn
@@ -58,13 +59,15 @@ def learners_of(
 
 
 def _learner(path: tuple[Conversion, ...], node: Any, site: Any) -> Learner:
-    fn, value = node["fn"], node["value"]
+    fn, value, there = node["fn"], node["value"], torch.ones((), dtype=torch.bool)
     while getattr(fn, "capabilities", None) is None and hasattr(fn, "base_dist"):
+        if isinstance(fn, dist.MaskedDistribution):  # as where rows are missing
+            there = there & torch.as_tensor(fn._mask)
         fn = fn.base_dist
-    event = len(fn.event_shape)
-    seen = value.reshape(-1, *fn.event_shape) if site.observed else None
-    if seen is not None and seen.is_floating_point():
-        seen = seen[~seen.isnan().flatten(1).any(1)] if event else seen[~seen.isnan()]
+    seen = None
+    if site.observed:
+        batch = value.shape[: value.ndim - len(fn.event_shape)]
+        seen = value.reshape(-1, *fn.event_shape)[there.expand(batch).reshape(-1)]
     try:
         made = {c.name: c.memory(fn, seen, site) for c in path if c.memory is not None}
     except ValueError as error:

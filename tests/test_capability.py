@@ -200,6 +200,29 @@ def test_the_mean_carries_the_error_of_the_estimation():
     assert mass([-1.0, -3.0]).mean().stderr is None
 
 
+def test_an_error_that_rows_share_is_not_averaged_out():
+    shared = t(0.3)
+    estimate = Estimate(t([-1.0, -3.0]), "estimate", stderr=t([0.3, 0.4]), shared=shared)
+    own = (0.4**2 - 0.3**2) / 4
+    assert float(estimate.mean().stderr) == pytest.approx(math.sqrt(own + 0.3**2))
+    many = Estimate(torch.zeros(1000), "estimate", stderr=torch.full((1000,), 0.3), shared=shared)
+    assert float(many.mean().stderr) == pytest.approx(0.3)
+
+
+def test_an_interval_is_as_wide_as_its_error():
+    low, high = Estimate(t([1.0, 2.0]), "estimate", stderr=t([0.5, 0.0])).interval(0.95)
+    assert ((high - low) / 2).tolist() == pytest.approx([1.959964 * 0.5, 0.0], abs=1e-5)
+    assert ((high + low) / 2).tolist() == pytest.approx([1.0, 2.0])
+    assert [float(end) for end in mass([-1.0]).interval()] == [-1.0, -1.0]
+    with pytest.raises(MeasureError, match="no standard error"):
+        Estimate(t([1.0]), "lower bound").interval()
+
+
+def test_bounds_have_means():
+    mean = Estimate(t([1.0, 3.0]), "estimate", lower=t([0.0, 2.0]), upper=t([2.0, 4.0])).mean()
+    assert (float(mean.lower), float(mean.upper)) == (1.0, 3.0)
+
+
 def test_differences_know_what_they_are():
     exact = mass([-1.0, -2.0]) - mass([-2.0, -2.0])
     assert exact.kind == "exact"

@@ -1,6 +1,7 @@
 """Conversions: what a law is given, it has; the most exact, then cheapest path is taken."""
 
 import math
+from dataclasses import replace
 from typing import ClassVar
 
 import networkx as nx
@@ -11,7 +12,7 @@ import torch
 from pyro import poutine
 
 from pgen.capability import Capability, Exactness, capabilities_of
-from pgen.conversion import CORE, Adapter, Conversion, Conversions, Converted, exactness_of
+from pgen.conversion import CORE, Adapter, Conversion, Conversions, Converted, exactness_of, inside
 from pgen.errors import UnknownName
 from pgen.handlers import Adapt
 from pgen.testing import statistics as stats
@@ -254,7 +255,58 @@ def test_the_graph_can_be_looked_at():
     assert nx.has_path(graph, C.LOG_PROB, C.SCORE)
 
 
+# --- purposes ---
+
+
+def test_conversions_for_another_purpose_are_passed_over():
+    has = frozenset({C.LOG_DENSITY})
+    gradient = replace(step("gradient", {C.LOG_DENSITY}, C.LOG_PROB, Exactness.SURROGATE), purpose="learning")
+    number = replace(
+        step("number", {C.LOG_DENSITY}, C.LOG_PROB, Exactness.ESTIMATE, 90.0), purpose="answering"
+    )
+    last = replace(step("last", {C.LOG_DENSITY}, C.LOG_PROB, Exactness.UNNORMALIZED), purpose="fallback")
+    graph = Conversions((gradient, number, last))
+    assert names(graph.path(has, C.LOG_PROB)) == ["number"]
+    assert names(graph.path(has, C.LOG_PROB, purpose="learning")) == ["gradient"]
+    assert names(graph.path(has, C.LOG_PROB, purpose="fallback")) == ["last"]
+    assert graph.path(has, C.LOG_PROB, via="gradient") is None
+    assert names(graph.path(has, C.LOG_PROB, via=number)) == ["number"]
+
+
+def test_a_conversion_is_asked_whether_it_can_be_used_at_a_site():
+    has = frozenset({C.LOG_DENSITY})
+    picky = replace(
+        step("picky", {C.LOG_DENSITY}, C.LOG_PROB),
+        unless=lambda site, structure: None if site == "here" else "elsewhere",
+    )
+    graph = Conversions((picky,))
+    assert names(graph.path(has, C.LOG_PROB, at=("here", None))) == ["picky"]
+    assert graph.path(has, C.LOG_PROB, at=("there", None)) is None
+    assert graph.path(has, C.LOG_PROB, picky, at=("there", None)) is None
+
+
 # --- adapting a program ---
+
+
+def test_laws_are_converted_within_what_wraps_them():
+    adapter = Adapter(CONVERSIONS.path(frozenset({C.ENUMERATE, C.LOG_DENSITY}), C.LOG_PROB))
+    wrapped = adapter(Energies(TABLE).to_event(1))
+    assert wrapped.batch_shape == ()
+    logits = TABLE.log_softmax(-1)
+    torch.testing.assert_close(wrapped.log_prob(torch.tensor([0, 2])), logits[0, 0] + logits[1, 2])
+    masked = adapter(Energies(TABLE).mask(torch.tensor([True, False])))
+    torch.testing.assert_close(
+        masked.log_prob(torch.tensor([0, 2])), torch.stack([logits[0, 0], torch.tensor(0.0)])
+    )
+    assert adapter.normalisers == []
+    assert inside(dist.Normal(torch.zeros(2), 1.0).to_event(1), lambda law: law).batch_shape == ()
+
+
+def test_what_is_found_is_kept_over_expansions():
+    law = Adapter((CONVERSIONS.named("exact-sum"),), {"a": torch.nn.Module()}, {"b": 1})(Energies(TABLE[0]))
+    wide = law.expand([4])
+    assert wide.memories is law.memories
+    assert wide.found is law.found
 
 
 def program(n):

@@ -141,7 +141,7 @@ class Moves:
             if self.discrete is not None and turn >= self.reverse:
                 target = of_z(q)
                 found = self.discrete.init(z, target)
-                z = self.discrete.step(found, tuning, target)[0].position
+                z = self.discrete.step(found, None, target)[0].position  # the tuning is the other kernel's
             if self.continuous is not None and turn < self.steps:
                 target = with_gradient(lambda q, z=z: of_q(q, z))  # type: ignore[misc]
                 if state is None:

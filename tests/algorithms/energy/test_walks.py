@@ -98,3 +98,18 @@ def test_a_kernel_that_is_missing_is_named():
         Moves(Space.of(constraints.boolean, (3,)), MALA())
     with pytest.raises(ValueError, match="steps"):
         Usual(Space.of(constraints.real, (1,))).walk(0)
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda x: torch.tensor([0.3, -0.2])[x.long()].sum(-1),  # looked up
+        lambda x: (x * torch.nn.Parameter(torch.ones(1))).sum(-1).detach(),
+    ],
+)
+def test_an_energy_without_a_gradient_is_told_what_to_be(f):
+    space = Space.of(constraints.boolean, (3,))
+    with pytest.raises(ValueError, match="no gradient in the values"):
+        Usual(space).walk()(torch.zeros(4, 3), f, torch.tensor(1.0))
+    moved = Moves(space, discrete=Gibbs((2, 2, 2)))(torch.zeros(4, 3), f, torch.tensor(1.0)).position
+    assert moved.shape == (4, 3)
