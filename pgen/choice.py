@@ -113,6 +113,8 @@ def answering(structure: Structure, via: Mapping[str, Any]) -> Paths | Refusal:
         if not isinstance(paths, Refusal):
             return {n: p for n in structure.sites if (p := paths.get(n) or fallen.get(n))}
         site = structure.sites[paths.site or ""]
+        if _asked_for(structure, via.get(site.name), "answering", wanted) is not None:
+            return paths  # what was asked for is not left out silently
         step = structure.conversions.path(site.capabilities, Capability.LOG_DENSITY)
         if step is None:
             return paths

@@ -9,6 +9,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import pgen
 from pgen.capability import Capability, Estimate, Exactness, Offer, Query, Rank, Refusal
@@ -380,3 +381,35 @@ def test_datasets_stay_out_of_the_file(tmp_path):
     fitted.save(tmp_path / "fit")
     loaded = pgen.load(tmp_path / "fit", program, backend=Mean())
     assert torch.equal(loaded.log_prob({"x": X}).value, fitted.log_prob({"x": X}).value)
+
+
+def test_what_is_evaluated_again_on_the_way_back_finds_what_is_learned():
+    """A program may save memory by checkpoints: the gradient is that of the tensors that are being learned."""
+
+    class Checkpointed(nn.Module):
+        def __init__(self, kept):
+            super().__init__()
+            self.kept, self.w = kept, nn.Parameter(torch.tensor(0.0))
+
+        def shifted(self, c):
+            return (self.w * c).tanh() * c
+
+        def forward(self, c):
+            mean = self.shifted(c) if self.kept else checkpoint(self.shifted, c, use_reentrant=False)
+            with pyro.plate("data", len(c)):
+                pyro.sample("y", dist.Normal(mean, 1.0))
+
+    c = torch.linspace(-2, 2, 50)
+    found = [
+        pgen.fit(
+            Checkpointed(kept),
+            {"c": c, "y": 0.7 * c.abs()},
+            backend,
+            run=pgen.Run(steps=30, lr=0.05, batch_size=50, progress=False),
+        ).parameters["w"]
+        for backend in ("exact", "variational")
+        for kept in (True, False)
+    ]
+    assert float(found[0]) > 0.2
+    torch.testing.assert_close(found[0], found[1])
+    torch.testing.assert_close(found[2], found[3])

@@ -235,8 +235,9 @@ class Training:
             total, rows = 0.0, 0
             for i, batch in enumerate(self.held_out.slices() if self.held_out is not None else ()):
                 self._seed("validation", i)
-                with self.context():
-                    loss, _ = self.learners[0].player.loss(batch, Step(self.step, self.steps, training=False))
+                player, step = self.learners[0].player, Step(self.step, self.steps, training=False)
+                with self.context(), player.within(step):
+                    loss, _ = player.loss(batch, step)
                 count = batch.rows or 1
                 total, rows = total + loss.detach().item() * count, rows + count
             return total / rows

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -60,11 +60,15 @@ class Player:
         loss: from a batch and a step to the loss, in nats per row, and metrics to record (numbers or tensors
             of one element). A loss that requires no gradient means that the player sits this step out.
         watched: metrics that must stay finite, besides the loss, by name, each with its meaning.
+        within: from a step to the context in which the loss is run *and differentiated*, such as that which lends the
+            parameters to the user's modules: what is evaluated anew on the way back (`torch.utils.checkpoint`) has to find
+            them there, or its gradient is silently another one.
     """
 
     parameters: Mapping[str, Tensor]
     loss: Callable[[Problem, Step], tuple[Tensor, Mapping[str, float | Tensor]]]
     watched: Mapping[str, str] = field(default_factory=dict)
+    within: Callable[[Step], AbstractContextManager[Any]] = lambda step: nullcontext()
 
 
 class Evaluation(NamedTuple):
@@ -89,19 +93,19 @@ def evaluate(
     Raises:
         ProgramError: the loss is not one number.
     """
-    with context:
+    with context, player.within(step):
         loss, metrics = player.loss(batch, step)
-    if loss.ndim:
-        raise ProgramError(
-            f"the loss of player {name!r} has shape {tuple(loss.shape)}; expected one number, the "
-            "mean over the rows of the batch: loss.mean()"
-        )
-    # Copies, since a metric may be a view of a parameter, which is about to change in place.
-    found = {name: m.detach().clone() if isinstance(m, Tensor) else m for name, m in metrics.items()}
-    if not loss.requires_grad:
-        return Evaluation(loss.clone(), found, ())
-    gradients = torch.autograd.grad(loss, list(player.parameters.values()), allow_unused=True)
-    return Evaluation(loss.detach().clone(), found, gradients)
+        if loss.ndim:
+            raise ProgramError(
+                f"the loss of player {name!r} has shape {tuple(loss.shape)}; expected one number, the "
+                "mean over the rows of the batch: loss.mean()"
+            )
+        # Copies, since a metric may be a view of a parameter, which is about to change in place.
+        found = {name: m.detach().clone() if isinstance(m, Tensor) else m for name, m in metrics.items()}
+        if not loss.requires_grad:
+            return Evaluation(loss.clone(), found, ())
+        gradients = torch.autograd.grad(loss, list(player.parameters.values()), allow_unused=True)
+        return Evaluation(loss.detach().clone(), found, gradients)
 
 
 def require_trainable(players: Mapping[str, Player]) -> None:

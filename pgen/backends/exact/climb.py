@@ -89,17 +89,18 @@ def _climbed(
                 found = replays(problem, step, nullcontext)
             return found.loss, found.gradients
 
-        seeded()
-        first = player.loss(problem, Step(0, _ITERATIONS))[0]
-        seeded(run.seed + 1)
-        again = player.loss(problem, Step(1, _ITERATIONS))[0]
+        with player.within(Step(0, _ITERATIONS)):
+            seeded()
+            first = player.loss(problem, Step(0, _ITERATIONS))[0]
+            seeded(run.seed + 1)
+            again = player.loss(problem, Step(1, _ITERATIONS))[0]
+            idle = [k for k, v in player.parameters.items() if first.requires_grad and _is_idle(first, v)]
         unmoved = all(torch.equal(kept[name], buffer) for name, buffer in buffers.items())
         if not (unmoved and first.requires_grad and torch.allclose(first, again, rtol=1e-4, atol=1e-5)):
             with torch.no_grad():
                 for name, value in kept.items():
                     buffers[name].copy_(value)
             return None
-        idle = [k for k, v in player.parameters.items() if _is_idle(first, v)]
         audience.start(run, _ITERATIONS)
         climb = Climb(evaluated, tensors, audience)
         try:

@@ -151,13 +151,18 @@ class Exact:
 
         def loss(batch: Problem, step: Step) -> tuple[Tensor, Mapping[str, float | Tensor]]:
             # Validation doubles the cost of a step; data and program were checked before the first.
-            with parameters.installed(step.training), validating(step.first):
+            with validating(step.first):
                 solution = Solution.of(batch, structure, groups, max_table=self.max_table, apart=apart)
                 return -solution.evidence().sum() / (batch.rows or count), batch.told()
 
         # Rows that share a latent have one evidence, which no batch of them can estimate.
         learned = (problem.whole() if structure.tied else problem).learning
-        player = Player(parameters.tensors, loss, watched(problem.learners))
+        player = Player(
+            parameters.tensors,
+            loss,
+            watched(problem.learners),
+            lambda step: parameters.installed(step.training),
+        )
         if structure.observed or structure.factors:  # else there is nothing to learn from
             answers.history = maximise(player, learned, structure, run, parameters.buffers)
         if parameters.tensors:

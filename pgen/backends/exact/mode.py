@@ -97,7 +97,7 @@ def fit_mode(
     count = problem.rows or 1
 
     def loss(batch: Problem, step: Step) -> tuple[Tensor, Mapping[str, float | Tensor]]:
-        with parameters.installed(step.training), validating(step.first):
+        with validating(step.first):
             return -_log_joint(batch, structure, points, max_table) / count, batch.told()
 
     if parameters.tensors:
@@ -105,6 +105,7 @@ def fit_mode(
             {**parameters.tensors, **{f"mode of {k}": v for k, v in points.items()}},
             loss,
             watched(problem.learners),
+            lambda step: parameters.installed(step.training),
         )
         fitted.history = maximise(player, problem.whole(), structure, run, parameters.buffers)
     with parameters.installed(), torch.enable_grad():

@@ -182,10 +182,10 @@ class Score:
             inner = self._loss(plan, parameters, proposal, learned)
 
             def loss(batch: Problem, step: Step) -> tuple[Tensor, Mapping[str, float | Tensor]]:
-                with parameters.installed(step.training), validating(step.first):
+                with validating(step.first):
                     return inner(batch, step)
 
-            player = Player(parameters.tensors, loss)
+            player = Player(parameters.tensors, loss, within=lambda step: parameters.installed(step.training))
             answers.history = self._run(plan, run).optimize(
                 {"program": player}, plan.bare, buffers=parameters.buffers
             )

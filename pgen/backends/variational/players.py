@@ -90,7 +90,9 @@ class Players:
         return {"guide": self._player(own, loss)}
 
     def _player(self, tensors: Mapping[str, Tensor], loss: Callable[[Problem, Step], Loss]) -> Player:
-        return Player(tensors, guarded(self.parameters, loss), self.watched)
+        return Player(
+            tensors, guarded(loss), self.watched, lambda step: self.parameters.installed(step.training)
+        )
 
     # --- one loss for all ---------------------------------------------------------------------------------
 
@@ -177,11 +179,11 @@ class Players:
         return (1 - share) * wake[0] + share * asleep[0], {**wake[1], **asleep[1]}
 
 
-def guarded(parameters: Parameters, loss: Callable[[Problem, Step], Loss]) -> Callable[[Problem, Step], Loss]:
-    """A loss with the trained tensors in place, without the validation that was done before it began."""
+def guarded(loss: Callable[[Problem, Step], Loss]) -> Callable[[Problem, Step], Loss]:
+    """A loss without the validation that was done before it began."""
 
     def on(batch: Problem, step: Step) -> Loss:
-        with validating(False), parameters.installed(training=step.training):
+        with validating(False):
             value, metrics = loss(batch, step)
             return value, {**metrics, **batch.told()}
 
