@@ -142,7 +142,9 @@ class Converted(dist.TorchDistribution):
 
 
 class Normaliser(NamedTuple):
-    """log Z of a law whose density is known up to a constant, in nats, `[]` each; what is not known is None.
+    """log Z of a law whose density is known up to a constant, in nats; what is not known is None.
+
+    `[]` each; of a law that is conditional, `[*batch_shape]`.
 
     Attributes:
         value: log Z.

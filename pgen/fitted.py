@@ -375,31 +375,56 @@ class Learned:
 
 def with_normalisers(first: Estimate, problem: Problem, structure: Structure) -> Estimate:
     """A log probability with the errors of the normalisers that went into it: log Z is taken off once for each copy of a site."""
-    tied = structure.tied
     for name, adapt in problem.adapters.items():
         if name not in structure.sites or not isinstance(adapt, Adapter):
             continue
-        plates = [structure.plates[p] for p in structure.sites[name].plates]
-        copies = math.prod(p.size for p in plates if tied or p.name not in structure.data_plates)
         for log_z in adapt.normalisers:
-            first = _less(first, log_z, copies)
+            own, common = _by_row(structure, name, log_z, first.value)
+            first = _less(first, own, common)
     return first
 
 
-def _less(first: Estimate, log_z: Normaliser, copies: int) -> Estimate:
-    """An estimate from which `copies` times log Z was taken, with what is known of log Z."""
+def _by_row(structure: Structure, site: str, log_z: Normaliser, value: Tensor) -> tuple[Normaliser, bool]:
+    """What a row has of a site's normalisers, and whether all rows have the same.
+
+    Errors of several normalisers of a row add up, as at worst they do.
+    """
+    plates = [structure.plates[p] for p in structure.sites[site].plates]
+    kept = {p.dim for p in plates if p.name in structure.data_plates and not structure.tied}
+    copies = math.prod(p.size for p in plates if p.dim not in kept)
+    alone = not log_z.value.ndim
+
+    def of_rows(part: Tensor | None) -> Tensor | None:
+        if part is None:
+            return None
+        if alone:
+            return (copies * part).to(value)
+        lead = [1] * max(part.ndim, *(-p.dim for p in plates))
+        for plate in plates:
+            lead[plate.dim] = len(value) if plate.dim in kept else plate.size
+        wide = part.expand(torch.broadcast_shapes(part.shape, torch.Size(lead)))
+        gone = [d for d in range(-wide.ndim, 0) if d not in kept]
+        return (wide.sum(gone) if gone else wide).reshape(value.shape).to(value)
+
+    parts = (log_z.value, log_z.stderr, log_z.lower, log_z.upper, log_z.error)
+    return Normaliser(*map(of_rows, parts)), alone or structure.tied  # type: ignore[arg-type]
+
+
+def _less(first: Estimate, log_z: Normaliser, common: bool) -> Estimate:
+    """An estimate from which log Z was taken, with what is known of log Z."""
     value, stderr, solver, shared = first.value, first.stderr, first.solver_error, first.shared
     if log_z.stderr is not None:
-        mine = (copies * log_z.stderr).to(value)
+        mine = log_z.stderr
         stderr = mine.expand_as(value) if stderr is None else (stderr.square() + mine.square()).sqrt()
-        shared = mine if shared is None else (shared.square() + mine.square()).sqrt()
+        if common:
+            shared = mine if shared is None else (shared.square() + mine.square()).sqrt()
     if log_z.error is not None:
-        mine = (copies * log_z.error).to(value).expand_as(value)
+        mine = log_z.error.expand_as(value)
         solver = mine if solver is None else solver + mine
     ends: dict[str, Any] = {}
     for end, own, other in (("lower", first.lower, log_z.upper), ("upper", first.upper, log_z.lower)):
         if other is not None:
-            ends[end] = (value if own is None else own) + (copies * (log_z.value - other)).to(value)
+            ends[end] = (value if own is None else own) + log_z.value - other
     return replace(first, stderr=stderr, solver_error=solver, shared=shared, **ends)
 
 

@@ -48,7 +48,7 @@ class Evidence(NamedTuple):
 
 
 def evidence_below(log_weights: Tensor) -> Evidence:
-    """log Z from independent `[C]` weights whose expectation is Z.
+    """log Z from independent `[C]` weights whose expectation is Z; of several, from `[C, R]`.
 
     Example:
         >>> evidence_below(torch.tensor([1.0, 3.0]).log())
@@ -56,8 +56,8 @@ def evidence_below(log_weights: Tensor) -> Evidence:
     """
     root = math.sqrt(len(log_weights))
     estimate = log_weights.logsumexp(0) - math.log(len(log_weights))
-    stderr = (log_weights - estimate).exp().std() / root
-    return Evidence(estimate, stderr, log_weights.mean(), log_weights.std() / root)
+    stderr = (log_weights - estimate).exp().std(0) / root
+    return Evidence(estimate, stderr, log_weights.mean(0), log_weights.std(0) / root)
 
 
 def evidence_above(log_weights: Tensor) -> Evidence:

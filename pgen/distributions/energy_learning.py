@@ -204,6 +204,18 @@ def on_rows(law: Any, lead: torch.Size) -> Callable[[Tensor], Tensor]:
     return density
 
 
+def several(law: Any) -> tuple[Callable[[Tensor], Tensor], torch.Size]:
+    """The log density on rows `[R, *event]`, and the shape of the laws that it holds: empty where there is one.
+
+    Row i is of the law numbered i mod their number. Copies over plates that are of the same law are one.
+    """
+    if not conditional(law):
+        return on_rows(law, torch.Size()), torch.Size()
+    written = _plain(law)
+    written = getattr(written, "_written", written)
+    return on_rows(written, written.batch_shape), torch.Size(written.batch_shape)
+
+
 def conditional(law: Any) -> bool:
     """Whether a law is several ones, each with a constant of its own."""
     own: bool | None = getattr(law, "conditional", None)

@@ -1,12 +1,14 @@
 """Conversions from a density known up to a constant to a log probability: the constant, summed, integrated or estimated.
 
-A law that is the same in all rows has one log Z. It is computed when it is first asked for, and kept as long as the density
-stays what it is at a few places.
+A law that is the same in all rows has one log Z; one that is conditioned on inputs has one for every row, and they are computed
+side by side. They are computed when first asked for, and kept as long as the density stays what it is at a few places. A law that
+depends on latents has another at every value of theirs, which can be learned with, and is not kept.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from torch import Size, Tensor
 from pgen.algorithms.energy.annealed import Annealing
 from pgen.algorithms.energy.draws import LongRun
 from pgen.algorithms.energy.quadrature import quadrature
-from pgen.algorithms.energy.reference import Pool, Reference, closest
+from pgen.algorithms.energy.reference import Pool, Reference, References, closest
 from pgen.algorithms.energy.route import Own, Tilted
 from pgen.algorithms.energy.sums import enumerated
 from pgen.algorithms.energy.walks import Usual
@@ -23,7 +25,7 @@ from pgen.capability import Capability, Exactness
 from pgen.conversion import Conversion, Normaliser
 from pgen.distributions.energy_learning import (
     base_of,
-    on_rows,
+    several,
     space_of,
     start_of,
     sweep_of,
@@ -34,6 +36,7 @@ from pgen.errors import Unanswerable
 from pgen.registry import hookimpl
 
 _PROBES = 16
+_CHAINS, _FEW = 20_000, 50  # of all laws together, where there are several, and of each at least
 _WIDER = 1.3  # than the draws: the law to begin with has to cover their tails
 _SUMMED = 2**22  # values of a finite space
 _GRIDDED = 2  # numbers
@@ -81,21 +84,27 @@ def kept(law: Any, name: str, compute: Compute) -> Normaliser:
     with torch.no_grad():
         space = space_of(law)
         like = like_of(law)
+        density, laws = several(law)
         generator = torch.Generator().manual_seed(0)
         q = torch.randn(_PROBES, space.dims, generator=generator).to(like)
         sizes = torch.tensor(space.cardinalities)
         z = (torch.rand(_PROBES, len(sizes), generator=generator) * sizes).long().to(like.device)
-        density = on_rows(law, Size((_PROBES,)))(space.together(q, z)).double()
+        at = space.together(q, z).repeat_interleave(laws.numel(), 0)
+        probes = density(at).double()
         found = law.found.get(name)
-        if found is None or not torch.allclose(found.probes, density, rtol=1e-5, atol=1e-6, equal_nan=True):
+        if found is None or not _same(found.probes, probes):
             try:
-                found = compute(law)._replace(probes=density)
+                found = compute(law)._replace(probes=probes)
             except (ValueError, RuntimeError) as error:
                 raise Unanswerable(
                     f"log Z of {type(law.base).__name__}{tuple(law.event_shape)} by {name}: {error}"
                 ) from error
             law.found[name] = found
     return found
+
+
+def _same(before: Tensor, now: Tensor) -> bool:
+    return before.shape == now.shape and torch.allclose(before, now, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
 def like_of(law: Any) -> Tensor:
@@ -108,12 +117,15 @@ def like_of(law: Any) -> Tensor:
 
 
 def _integrated(law: Any) -> Normaliser:
-    found = quadrature(on_rows(law, Size()), space_of(law), like_of(law))
-    return Normaliser(found.log_z, error=found.error)
+    density, laws = several(law)
+    found = quadrature(density, space_of(law), like_of(law), laws=laws.numel())
+    return Normaliser(found.log_z.reshape(laws), error=found.error.reshape(laws))
 
 
 def _summed(law: Any) -> Normaliser:
-    return Normaliser(enumerated(on_rows(law, Size()), space_of(law), like_of(law)))
+    density, laws = several(law)
+    found = enumerated(density, space_of(law), like_of(law), laws=laws.numel())
+    return Normaliser(found.reshape(laws))
 
 
 def annealed_by(
@@ -130,35 +142,44 @@ def annealed_by(
     """
 
     def compute(law: Any) -> Normaliser:
-        space, density = space_of(law), on_rows(law, Size())
-        start, reference = start_of(law, Size((draws.chains,)))
-        drawn = draws(density, start, space, draws.chains, reference=reference, sweep=sweep_of(law))
+        space, (density, laws) = space_of(law), several(law)
+        each = laws.numel()
+        chains = min(draws.chains, max(_FEW, _CHAINS // each)) if laws else draws.chains
+        start, reference = start_of(law, Size((chains, *laws)))
+        drawn = draws(density, start, space, chains * each, reference=reference, sweep=sweep_of(law))
+        if laws:
+            beside = min(how.chains, max(_FEW, _CHAINS // each))
+            fewer = replace(how, chains=beside, pilot=min(how.pilot, beside), trial=min(how.trial, beside))
+            route: Any = Tilted(References(drawn, space, each, widen=_WIDER), density, Usual(space).walk())
+            found = fewer.run(route, drawn, laws=each)
+            return Normaliser(
+                *(v.reshape(laws) for v in (found.log_z, found.stderr, found.lower, found.upper))
+            )
         flat = base_of(law) is None
         tempered = getattr(getattr(law, "energy", None), "tempered", None) if flat else None
         if tempered is not None:
-            route: Any = Own(tempered)
+            route = Own(tempered)
         else:
-            fresh = (
-                reference.law if isinstance(reference, Pool) else reference
-            )  # chains begin at draws that are independent
+            # Chains begin at draws that are independent: not at those of a pool.
+            fresh = reference.law if isinstance(reference, Pool) else reference
             known = closest(drawn, Reference(drawn, space, widen=_WIDER), fresh)
             route = Tilted(known, density, Usual(space).walk())
         found = how.run(route, drawn)
         return Normaliser(found.log_z, found.stderr, found.lower, found.upper)
 
-    return normalised_by(name, compute, Exactness.ESTIMATE, cost, one_law)
+    return normalised_by(name, compute, Exactness.ESTIMATE, cost, _not_kept)
 
 
-def one_law(site: Any, structure: Any) -> str | None:
-    """Why a site has no single log Z, if it has none."""
+def _not_kept(site: Any, structure: Any) -> str | None:
+    """Why constants of a site cannot be computed once and kept, if they cannot."""
     told = unmovable(site, structure)
-    if told is None and (site.parents or site.inputs):
-        told = f"it is another law, with a constant of its own, for every {(*site.parents, *site.inputs)[0]}"
+    if told is None and site.parents:
+        told = f"it is another law, with a constant of its own, for every value of {site.parents[0]}"
     return told
 
 
 def _not_gridded(site: Any, structure: Any) -> str | None:
-    told = one_law(site, structure)
+    told = unmovable(site, structure)
     if told is not None:
         return told
     space = space_of(site)
@@ -171,7 +192,7 @@ def _not_gridded(site: Any, structure: Any) -> str | None:
 
 
 def _not_summed(site: Any, structure: Any) -> str | None:
-    told = one_law(site, structure)
+    told = unmovable(site, structure)
     if told is not None:
         return told
     states = space_of(site).states
@@ -182,12 +203,19 @@ def _not_summed(site: Any, structure: Any) -> str | None:
     )
 
 
+def _either(*reasons: Callable[[Any, Any], str | None]) -> Callable[[Any, Any], str | None]:
+    def told(site: Any, structure: Any) -> str | None:
+        return next((why for reason in reasons if (why := reason(site, structure)) is not None), None)
+
+    return told
+
+
 CONVERSIONS: tuple[Conversion, ...] = (
-    normalised_by("quadrature", _integrated, Exactness.ESTIMATE, 5.0, _not_gridded),
+    normalised_by("quadrature", _integrated, Exactness.ESTIMATE, 5.0, _either(_not_kept, _not_gridded)),
     normalised_by(
         "quadrature-likelihood", _integrated, Exactness.SURROGATE, 1000.0, _not_gridded, "learning"
     ),
-    normalised_by("enumeration", _summed, Exactness.EXACT, 50.0, _not_summed),
+    normalised_by("enumeration", _summed, Exactness.EXACT, 50.0, _either(_not_kept, _not_summed)),
     normalised_by("enumeration-likelihood", _summed, Exactness.SURROGATE, 1000.0, _not_summed, "learning"),
     annealed_by(Annealing(chains=1000, most=1000), LongRun(chains=500)),
 )

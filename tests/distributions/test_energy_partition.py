@@ -145,9 +145,136 @@ def test_the_way_follows_the_size_of_the_space():
     assert first_way((10,), constraints.boolean) == "exact-sum"
     assert first_way((18,), constraints.boolean) == "enumeration"
     assert first_way((40,), constraints.boolean) == "annealed-importance"
-    assert first_way((1,), context=True) == "unnormalised"  # a constant for every row
+    assert first_way((1,), context=True) == "quadrature"
 
 
 def test_numbers_are_of_the_energys_type():
     net = torch.nn.Linear(1, 1).double()
     assert like_of(Adapter((BY_NAME["quadrature"],))(Energy(net, (1,)))).dtype is torch.float64
+
+
+# --- a constant for every row ---
+
+CONTEXT = torch.linspace(-1.5, 1.5, 4)[:, None]
+
+
+def around(x, c):
+    """A normal law of precision 1 + c^2 around c, in every number."""
+    return (1 + c[..., :1].square()).squeeze(-1) * (x - c).square().sum(-1) / 2
+
+
+def conditional_data(d):
+    x = torch.randn(4, d, generator=torch.Generator().manual_seed(0))
+    truth = dist.Normal(CONTEXT, (1 + CONTEXT.square()).rsqrt()).log_prob(x).sum(-1)
+    return {"c": CONTEXT, "x": x}, truth
+
+
+def conditioned(d, energy=around, support=constraints.real):
+    def program(c):
+        with pyro.plate("data", len(c)):
+            pyro.sample("x", Energy(energy, (d,), support=support, context=c))
+
+    return program
+
+
+@pytest.mark.parametrize("d", [1, 2])
+def test_rows_have_constants_of_their_own(d):
+    data, truth = conditional_data(d)
+    fitted = pgen.fit(conditioned(d), data, "exact")
+    found = fitted.log_prob()
+    torch.testing.assert_close(found.value, truth, atol=1e-4, rtol=0.0)
+    assert found.solver_error.shape == (4,)
+    fewer = {name: value[1:3] for name, value in data.items()}
+    torch.testing.assert_close(fitted.log_prob(fewer).value, truth[1:3], atol=1e-4, rtol=0.0)
+
+
+def test_rows_of_bits_have_constants_of_their_own():
+    def energy(x, c):
+        return -(x * c).sum(-1)
+
+    x = torch.randint(2, (4, 18), generator=torch.Generator().manual_seed(0)).float()
+    program = conditioned(18, energy, constraints.boolean)
+    found = pgen.fit(
+        program, {"c": CONTEXT, "x": x}, pgen.backend("exact", via={"x": "enumeration"})
+    ).log_prob()
+    assert found.kind == "exact"
+    torch.testing.assert_close(found.value, dist.Bernoulli(logits=CONTEXT).log_prob(x).sum(-1))
+
+
+def test_annealing_knows_the_error_of_every_row():
+    data, truth = conditional_data(3)
+    way = annealed_by(Annealing(chains=300, most=100), LongRun(chains=200, warmup=60))
+    found = pgen.fit(conditioned(3), data, pgen.backend("exact", via={"x": way})).log_prob(seed=1)
+    assert_estimate(found.value, truth, found.stderr)
+    assert float(found.stderr.max()) < 0.2
+    assert found.shared is None  # no row's error is another's
+    with pytest.raises(StatisticalFailure):
+        assert_estimate(found.value, truth.flip(0), found.stderr)
+
+
+def test_rows_in_a_plate_of_their_own_add_up():
+    def program(c):
+        with pyro.plate("data", len(c), dim=-2), pyro.plate("twice", 2, dim=-1):
+            pyro.sample("x", Energy(around, (1,), context=c[:, None]))
+
+    x = torch.randn(4, 2, 1, generator=torch.Generator().manual_seed(0))
+    truth = dist.Normal(CONTEXT[:, None], (1 + CONTEXT.square()).rsqrt()[:, None]).log_prob(x).sum((1, 2))
+    found = pgen.fit(
+        program, {"c": CONTEXT, "x": x}, pgen.backend("exact", via={"x": "quadrature"})
+    ).log_prob()
+    torch.testing.assert_close(found.value, truth, atol=1e-4, rtol=0.0)
+    assert found.solver_error.shape == (4,)
+
+
+def test_laws_of_latents_have_no_constant_to_keep():
+    def program(n):
+        with pyro.plate("data", n):
+            z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+            pyro.sample("x", Energy(around, (1,), context=z))
+
+    data = {"x": torch.zeros(3, 1)}
+    with pytest.raises(pgen.errors.Refused, match="for every value of z"):
+        pgen.fit(program, data, pgen.backend("variational", via={"x": "quadrature"}))
+    offer = pgen.explain(program, data)["variational"].answer
+    assert offer.paths["x"][0] == "unnormalised"
+    assert offer.learning["x"] == ("contrastive-divergence",)
+
+
+def test_a_conditional_energy_is_learned_by_its_likelihood():
+    """y given c is N(w c, 1); w is what regression finds."""
+
+    class Line(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.tensor(0.0))
+
+        def forward(self, c):
+            with pyro.plate("data", len(c)):
+                pyro.sample("y", Energy(lambda y, c: (y - self.w * c).square().sum(-1) / 2, (1,), context=c))
+
+    generator = torch.Generator().manual_seed(0)
+    c = torch.randn(50, 1, generator=generator)
+    y = 1.7 * c + torch.randn(50, 1, generator=generator)
+    run = pgen.Run(steps=150, lr=0.05, batch_size=50, progress=False)
+    fitted = pgen.fit(
+        Line(), {"c": c, "y": y}, pgen.backend("exact", via={"y": "quadrature-likelihood"}), run=run
+    )
+    assert abs(float(fitted.parameters["w"]) - float((c * y).sum() / c.square().sum())) < 1e-2
+
+
+def test_a_likelihood_summed_in_blocks_has_its_gradient():
+    """Two numbers take 66,049 nodes, more than are evaluated at once: on the way back they are evaluated again."""
+
+    class Bowl(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.log_a = torch.nn.Parameter(torch.tensor(-1.0))
+
+        def forward(self, n):
+            with pyro.plate("data", n):
+                pyro.sample("x", Energy(lambda x: self.log_a.exp() * x.square().sum(-1) / 2, (2,)))
+
+    x = 2 * torch.randn(300, 2, generator=torch.Generator().manual_seed(0))
+    run = pgen.Run(steps=90, lr=0.03, batch_size=300, progress=False)
+    fitted = pgen.fit(Bowl(), {"x": x}, pgen.backend("exact", via={"x": "quadrature-likelihood"}), run=run)
+    assert abs(float(fitted.parameters["log_a"]) + float(x.square().mean().log())) < 0.05

@@ -138,38 +138,50 @@ class Annealing:
                 f"spread={self.spread}, step_size={self.step_size}, least={self.least}, most={self.most}"
             )
 
-    def run(self, route: Route, draws: Tensor | None = None, *, recorder: Recorder = record) -> Partition:
+    def run(
+        self,
+        route: Route,
+        draws: Tensor | None = None,
+        *,
+        laws: int | None = None,
+        recorder: Recorder = record,
+    ) -> Partition:
         """The partition function of the far end of a route.
 
         Args:
             route: a `Tilted` or an `Own`.
             draws: `[D, *event]`, independent draws of the density (ends of long chains): they come down, too.
+            laws: how many densities the route leads to side by side, row i being of the one numbered i mod `laws`: all by one
+                ladder, `chains` chains each (so with draws `[D laws, *event]`). What is found is then `[laws]`.
             recorder: what makes the straight-line parts fast.
         """
-        climb = self.climb(route, recorder=recorder)
+        each = 1 if laws is None else laws
+        climb = self.climb(route, laws=each, recorder=recorder)
         step = recorder(partial(_up, route))
         rungs, tried = min(self.most, max(self.least, math.ceil((climb.length[-1] / self.spread) ** 2))), 0
         for _ in range(3):
-            found = self._rise(route, step, climb.ladder(rungs), self.trial)
-            tried += rungs * self.trial
-            over = float(found.log_weight.std() / self.spread) ** 2
+            found = self._rise(route, step, climb.ladder(rungs), self.trial * each)
+            tried += rungs * self.trial * each
+            over = float(found.log_weight.reshape(-1, each).std(0).max() / self.spread) ** 2
             if over < 1.5 or rungs == self.most:
                 break
             rungs = min(self.most, math.ceil(rungs * min(over, 10.0)))
         ladder = climb.ladder(rungs)
-        up = self._rise(route, step, ladder, self.chains)
+        up = self._rise(route, step, ladder, self.chains * each)
         down = None if draws is None else self.descend(route, ladder, draws, recorder=recorder)
-        count = self.chains + (0 if draws is None else len(draws))
-        moves = len(climb.accept) * self.pilot * self.moves + tried + rungs * count
-        log_down = None if down is None else down.log_weight
-        return partition_of(up.log_weight, log_down, rungs=rungs, moves=moves)
+        count = self.chains * each + (0 if draws is None else len(draws))
+        moves = len(climb.accept) * self.pilot * each * self.moves + tried + rungs * count
+        sides = [None if s is None else s.log_weight for s in (up, down)]
+        if laws is not None:
+            sides = [None if s is None else s.reshape(-1, laws) for s in sides]
+        return partition_of(*sides, rungs=rungs, moves=moves)  # type: ignore[arg-type]
 
-    def climb(self, route: Route, *, recorder: Recorder = record) -> Climb:
-        """A cloud goes up by steps that it makes itself, and reports the way."""
-        x, _ = _start(route, self.pilot)
+    def climb(self, route: Route, *, laws: int = 1, recorder: Recorder = record) -> Climb:
+        """A cloud (one of each law) goes up by steps that it makes itself, and reports the way."""
+        x, _ = _start(route, self.pilot * laws)
         probe, leave = (
-            recorder(partial(_probe, route, self.keep)),
-            recorder(partial(_leave, route, self.moves)),
+            recorder(partial(_probe, route, self.keep, laws)),
+            recorder(partial(_leave, route, self.moves, laws)),
         )
         beta, size = x.new_zeros(()), x.new_tensor(self.step_size)
         betas, sizes, lengths, accepts = [beta], list[Tensor](), [beta], list[Tensor]()
@@ -238,25 +250,26 @@ def _down(
         return x, route.gain(x, low, high), accept
 
 
-def _probe(route: Route, keep: float, x: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+def _probe(route: Route, keep: float, laws: int, x: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
     """The next inverse temperature, and the length of the way there."""
     with torch.no_grad():
         small = torch.full_like(beta, 1e-3)
         # The slope ahead, or behind where that is beyond the end.
         low = torch.minimum(beta, 1 - small)
-        slope = route.gain(x, low, low + small) / small
-        level = torch.full_like(slope, -math.log(len(slope)))
-        there = next_beta(slope.unsqueeze(0), level.unsqueeze(0), beta, keep)
-        return there, (there - beta) * slope.std()
+        slope = (route.gain(x, low, low + small) / small).reshape(-1, laws).mT
+        level = torch.full_like(slope, -math.log(slope.shape[1]))
+        there = next_beta(slope, level, beta, keep)
+        return there, (there - beta) * slope.std(1).max()
 
 
 def _leave(
-    route: Route, moves: int, x: Tensor, beta: Tensor, there: Tensor, size: Tensor
+    route: Route, moves: int, laws: int, x: Tensor, beta: Tensor, there: Tensor, size: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Resample by what is gained, and move, the step size following the acceptance."""
+    """Resample each law's cloud by what is gained, and move, the step size following the acceptance."""
     with torch.no_grad():
-        gain = route.gain(x, beta, there)
-        x = x[systematic(gain.log_softmax(0).unsqueeze(0)).squeeze(0)]
+        gain = route.gain(x, beta, there).reshape(-1, laws).mT
+        picked = systematic(gain.log_softmax(1)) * laws + torch.arange(laws, device=x.device).unsqueeze(1)
+        x = x[picked.mT.reshape(-1)]
         total = torch.zeros_like(beta)
         for _ in range(moves):
             x, accept = route.move(x, there, size)

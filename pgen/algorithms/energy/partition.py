@@ -30,7 +30,7 @@ APART = 4.0
 
 
 class Partition(NamedTuple):
-    """A partition function and how well it is known, in nats, `[]` each.
+    """A partition function and how well it is known, in nats, `[]` each; several, `[R]`.
 
     Attributes:
         log_z: the estimate: from both sides where there are two, else from below.
@@ -64,8 +64,8 @@ def partition_of(up: Tensor, down: Tensor | None = None, *, rungs: int = 1, move
     """Log Z from independent log weights.
 
     Args:
-        up: `[C]`, whose exponentials have expectation Z.
-        down: `[D]`, whose inverse exponentials have expectation 1 / Z.
+        up: `[C]`, whose exponentials have expectation Z; of several partition functions, `[C, R]`.
+        down: `[D]`, whose inverse exponentials have expectation 1 / Z; or `[D, R]`.
         rungs: to be reported.
         moves: to be reported.
 
@@ -120,15 +120,15 @@ def bennett(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     def accepted(log_z: Tensor) -> tuple[Tensor, Tensor]:
         return torch.sigmoid(up - log_z - share), torch.sigmoid(log_z + share - down)
 
-    low = torch.minimum(up.min(), down.min()) - abs(share) - 1
-    high = torch.maximum(up.max(), down.max()) + abs(share) + 1
+    low = torch.minimum(up.amin(0), down.amin(0)) - abs(share) - 1
+    high = torch.maximum(up.amax(0), down.amax(0)) + abs(share) + 1
     for _ in range(100):
         middle = (low + high) / 2
         rising, falling = accepted(middle)
-        less = rising.sum() > falling.sum()
+        less = rising.sum(0) > falling.sum(0)
         low, high = torch.where(less, middle, low), torch.where(less, high, middle)
     log_z = (low + high) / 2
     variance = torch.zeros_like(log_z)
     for part in accepted(log_z):
-        variance = variance + (part.square().mean() / part.mean().square() - 1) / len(part)
+        variance = variance + (part.square().mean(0) / part.mean(0).square() - 1) / len(part)
     return log_z, variance.clamp_min(0).sqrt()

@@ -40,7 +40,7 @@ _NODES = {1: 2049, 2: 257, 3: 65}
 
 
 class Integral(NamedTuple):
-    """What quadrature gives, `[]` each.
+    """What quadrature gives, `[]` each, or `[laws]`.
 
     Attributes:
         log_z: in nats, double precision, differentiable in what the density holds.
@@ -89,6 +89,7 @@ def quadrature(
     tolerance: float = 1e-4,
     most: int = 2**22,
     block: int = BLOCK,
+    laws: int | None = None,
 ) -> Integral:
     """The log partition function of one to three measured numbers, and any counted ones.
 
@@ -97,8 +98,9 @@ def quadrature(
         space: its values.
         like: gives the type and device of the values; sums are in double precision whatever it is.
         tolerance: nodes are doubled until the error is below it.
-        most: values of f that may be asked for.
+        most: values of f that may be asked for, of each law.
         block: values that are asked for together.
+        laws: how many densities f holds, row i being of the one numbered i mod `laws`. All have one grid.
 
     Raises:
         ValueError: too many numbers, or a density that has no finite integral as far as can be seen.
@@ -111,24 +113,31 @@ def quadrature(
         12.56637061
     """
     with torch.no_grad():
-        grid = grid_of(log_density, space, like, tolerance=tolerance, most=most, block=block)
-    return integral(log_density, space, grid, like, block=block)
+        grid = grid_of(log_density, space, like, tolerance=tolerance, most=most, block=block, laws=laws or 1)
+    found = integral(log_density, space, grid, like, block=block, laws=laws or 1)
+    return Integral(found.log_z[0], found.error[0]) if laws is None else found
 
 
 def integral(
-    log_density: Callable[[Tensor], Tensor], space: Space, grid: Grid, like: Tensor, *, block: int = BLOCK
+    log_density: Callable[[Tensor], Tensor],
+    space: Space,
+    grid: Grid,
+    like: Tensor,
+    *,
+    block: int = BLOCK,
+    laws: int = 1,
 ) -> Integral:
-    """The sum over a grid that is known; straight-line code."""
+    """The sums over a grid that is known, `[laws]`; straight-line code."""
     size, states = len(grid.low), math.prod(space.cardinalities)
 
     def terms(code: Tensor) -> Tensor:
         q, weight, even = grid.node(code // states)
-        term = _density(log_density, space, q, code % states, like) + weight
-        coarse = torch.where(even, term.detach() + size * math.log(2), -_HUGE)
-        return torch.stack([term, coarse], 1)
+        term = _density(log_density, space, q, code % states, like, laws) + weight.unsqueeze(1)
+        coarse = torch.where(even.unsqueeze(1), term.detach() + size * math.log(2), -_HUGE)
+        return torch.cat([term, coarse], 1)
 
-    both = log_sum(terms, states * grid.nodes**size, like.device, block)
-    return Integral(both[0], (both[0] - both[1]).detach().abs())
+    both = log_sum(terms, states * grid.nodes**size, like.device, max(1, block // laws))
+    return Integral(both[:laws], (both[:laws] - both[laws:]).detach().abs())
 
 
 def grid_of(
@@ -139,6 +148,7 @@ def grid_of(
     tolerance: float = 1e-4,
     most: int = 2**22,
     block: int = BLOCK,
+    laws: int = 1,
 ) -> Grid:
     """Where the mass lies, and how many nodes it takes."""
     size, states = space.dims, math.prod(space.cardinalities)
@@ -147,13 +157,13 @@ def grid_of(
             f"quadrature integrates 1 to 3 numbers with few discrete states beside them; got {size} numbers and {states} "
             "states: estimate by annealed importance sampling"
         )
-    grid = _box(log_density, space, like, block)
+    grid = _box(log_density, space, like, max(1, block // laws), laws)
     while True:
         finer = grid._replace(nodes=2 * grid.nodes - 1)
-        found = integral(log_density, space, grid, like, block=block)
-        if not bool(found.log_z.isfinite()):
+        found = integral(log_density, space, grid, like, block=block, laws=laws)
+        if not bool(found.log_z.isfinite().all()):
             raise ValueError("the log density is not a number, or infinite, within the range of its mass")
-        if bool(found.error < tolerance) or states * finer.nodes**size > most:
+        if bool(found.error.max() < tolerance) or states * finer.nodes**size > most:
             return grid
         grid = finer
 
@@ -164,15 +174,17 @@ _HUGE = 1e300
 
 
 def _density(
-    log_density: Callable[[Tensor], Tensor], space: Space, q: Tensor, state: Tensor, like: Tensor
+    log_density: Callable[[Tensor], Tensor], space: Space, q: Tensor, state: Tensor, like: Tensor, laws: int
 ) -> Tensor:
+    """Of every law at every place, `[R, laws]`."""
     q = q.to(like.dtype)
-    value = log_density(space.numbered(state, like, q)) + space.volume(q)
+    x = space.numbered(state, like, q).repeat_interleave(laws, 0)
+    value = log_density(x).reshape(len(q), laws) + space.volume(q).unsqueeze(1)
     return value.double().nan_to_num(nan=math.nan, posinf=math.inf, neginf=-_HUGE)
 
 
-def _box(log_density: Callable[[Tensor], Tensor], space: Space, like: Tensor, block: int) -> Grid:
-    """A grid that holds all but e^-36 of the mass, centred on its median."""
+def _box(log_density: Callable[[Tensor], Tensor], space: Space, like: Tensor, block: int, laws: int) -> Grid:
+    """A grid that holds all but e^-36 of the mass of every law, centred on its median."""
     size, states = space.dims, math.prod(space.cardinalities)
     one = torch.ones(size, dtype=torch.float64, device=like.device)
     reach = torch.cat([_reach(part) * one[: space.free(part)] for part in space.measured]).asinh()
@@ -184,12 +196,12 @@ def _box(log_density: Callable[[Tensor], Tensor], space: Space, like: Tensor, bl
         for part in code.split(max(1, block // states)):
             q, weight, _ = grid.node(part)
             state = torch.arange(states, device=like.device).repeat(len(part))
-            value = _density(log_density, space, q.repeat_interleave(states, 0), state, like)
+            value = _density(log_density, space, q.repeat_interleave(states, 0), state, like, laws)
             # Far out a density may overflow. What is not a number within the mass is found when it is integrated.
-            value = value.nan_to_num(nan=-_HUGE).clamp_max(_HUGE).reshape(len(part), states).logsumexp(1)
-            cells.append(value + weight)
-        mass = torch.cat(cells).reshape([grid.nodes] * size)
-        mass = mass - mass.max()
+            value = value.nan_to_num(nan=-_HUGE).clamp_max(_HUGE).reshape(len(part), states, laws)
+            cells.append(value.logsumexp(1) + weight.unsqueeze(1))
+        each = torch.cat(cells)
+        mass = (each - each.amax(0)).amax(1).reshape([grid.nodes] * size)
         if attempt == 0:
             _check_ends(mass)
         held = _hopeful(mass) > -DROP

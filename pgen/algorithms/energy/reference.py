@@ -93,6 +93,55 @@ class Reference(nn.Module):
         return normal + mass - self.space.volume(q)
 
 
+class References(nn.Module):
+    """A `Reference` of each of several laws, row i of values being of the one numbered i mod `laws`.
+
+    Args:
+        data: `[N laws, *event]`, N at least 2.
+        space: of the values.
+        laws: how many.
+        widen: factor on the standard deviations of coordinates.
+
+    Example:
+        >>> from torch.distributions import constraints
+        >>> data = torch.tensor([[0.0], [10.0], [2.0], [30.0]])  # 0 and 2 of the first law, 10 and 30 of the second
+        >>> law = References(data, Space.of(constraints.real, (1,)), laws=2)
+        >>> law.log_prob(torch.tensor([[1.0], [20.0]]))
+        tensor([-1.2655, -3.5681])
+    """
+
+    mean: Tensor
+    root: Tensor
+    log_mass: Tensor
+
+    def __init__(self, data: Tensor, space: Space, laws: int, widen: float = 1.0) -> None:
+        super().__init__()
+        self.space, self.laws = space, laws
+        each = [Reference(part, space, widen) for part in data.reshape(-1, laws, *data.shape[1:]).unbind(1)]
+        for name in ("mean", "root", "log_mass"):
+            self.register_buffer(name, torch.stack([getattr(law, name) for law in each]))
+
+    def sample(self, n: int) -> Tensor:
+        """Draws `[n, *event]`, n a multiple of the number of laws."""
+        like, each = self.mean, n // self.laws
+        noise = torch.randn(each, *like.shape, dtype=like.dtype, device=like.device)
+        q = like + (self.root @ noise.unsqueeze(-1)).squeeze(-1)
+        below = self.log_mass.exp().cumsum(2)[..., :-1]
+        u = torch.rand(each, *below.shape[:2], 1, dtype=like.dtype, device=like.device)
+        return self.space.together(q.flatten(0, 1), (u > below).sum(-1).flatten(0, 1))
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Log densities `[n]` of values `[n, *event]`."""
+        q, z = self.space.apart(x)
+        away = (q.reshape(len(q) // self.laws, *self.mean.shape) - self.mean).permute(1, 2, 0)
+        white = torch.linalg.solve_triangular(self.root, away, upper=False)
+        spread = self.root.diagonal(dim1=1, dim2=2).log().sum(1, keepdim=True)
+        normal = -white.square().sum(1) / 2 - spread - q.shape[1] / 2 * math.log(2 * math.pi)
+        table = self.log_mass.repeat(len(z) // self.laws, 1, 1)
+        mass = table.gather(2, z.unsqueeze(2)).sum((1, 2))
+        return normal.mT.reshape(-1) + mass - self.space.volume(q)
+
+
 class Pool(nn.Module):
     """A law whose draws were made beforehand, for one that takes long to draw from: an autoregressive flow, say.
 

@@ -21,7 +21,11 @@ BLOCK = 2**15
 
 
 def enumerated(
-    log_density: Callable[[Tensor], Tensor], space: Space, like: Tensor, block: int = BLOCK
+    log_density: Callable[[Tensor], Tensor],
+    space: Space,
+    like: Tensor,
+    block: int = BLOCK,
+    laws: int | None = None,
 ) -> Tensor:
     """The log partition function of a finite space, `[]`, in double precision; differentiable in what f holds.
 
@@ -30,6 +34,7 @@ def enumerated(
         space: all of it counted; some 2^22 values are a matter of seconds.
         like: gives the type and device of the values.
         block: rows that are evaluated together.
+        laws: how many densities f holds, row i being of the one numbered i mod `laws`; then the result is `[laws]`.
 
     Raises:
         ValueError: the space has measured numbers (`quadrature` integrates up to three).
@@ -46,7 +51,14 @@ def enumerated(
         raise ValueError(
             f"{space.dims} numbers are measured; enumerated() sums counted ones, quadrature() integrates"
         )
-    return log_sum(lambda code: log_density(space.numbered(code, like)), space.states, like.device, block)
+    each = 1 if laws is None else laws
+
+    def terms(code: Tensor) -> Tensor:
+        x = space.numbered(code, like).repeat_interleave(each, 0)
+        return log_density(x).reshape(len(code), each)
+
+    found = log_sum(terms, space.states, like.device, max(1, block // each))
+    return found[0] if laws is None else found
 
 
 def log_sum(
