@@ -282,22 +282,42 @@ def interpolate(x: Tensor, at: Tensor, values: Tensor) -> Tensor:
 # --- swaps ---
 
 
-def _swap(
-    cloud: Cloud, from_hot: Tensor, beta: Tensor, parity: Tensor
-) -> tuple[tuple[Cloud, Tensor], Tensor]:
-    """Trade places among the pairs (t, t + 1) with t of this parity; and the rejection probability of all pairs."""
-    gain = (beta[1:] - beta[:-1]) * (cloud.ratio[:, :-1] - cloud.ratio[:, 1:])
+def swaps(ratio: Tensor, beta: Tensor, parity: Tensor) -> tuple[Tensor, Tensor]:
+    """Who trades places among the pairs (t, t + 1) with t of this parity; and how likely every pair is to stay.
+
+    Args:
+        ratio: log ratio of target and reference at replicas, hot to cold, `[C, T]`.
+        beta: inverse temperatures `[T]`.
+        parity: 0 or 1, `[C]` or `[1]`.
+
+    Returns:
+        which replica comes to each temperature, `[C, T]`, and the rejection probability of all pairs, tried or not,
+        `[C, T - 1]`.
+
+    Example:
+        >>> ratio = torch.tensor([[9.0, 1.0, 5.0]])
+        >>> swaps(ratio, torch.tensor([0.0, 0.5, 1.0]), torch.tensor([0]))[0]
+        tensor([[1, 0, 2]])
+    """
+    gain = (beta[1:] - beta[:-1]) * (ratio[:, :-1] - ratio[:, 1:])
     probability = gain.clamp(max=0.0).exp()
     pair = torch.arange(len(beta) - 1, device=beta.device)
     trade = (torch.rand_like(probability) < probability) & (pair % 2 == parity.unsqueeze(1))
     edge = torch.zeros_like(trade[:, :1])
     index = torch.arange(len(beta), device=beta.device) + torch.cat([trade, edge], 1).long()
-    index = index - torch.cat([edge, trade], 1).long()
+    return index - torch.cat([edge, trade], 1).long(), 1 - probability
+
+
+def _swap(
+    cloud: Cloud, from_hot: Tensor, beta: Tensor, parity: Tensor
+) -> tuple[tuple[Cloud, Tensor], Tensor]:
+    """Replicas, and where they come from, after the swaps; and the rejection probabilities."""
+    index, rejection = swaps(cloud.ratio, beta, parity)
 
     def traded(part: Tensor) -> Tensor:
         return part.gather(1, index.reshape(index.shape + (1,) * (part.dim() - 2)).expand(part.shape))
 
-    return (Cloud(*map(traded, cloud)), traded(from_hot)), 1 - probability
+    return (Cloud(*map(traded, cloud)), traded(from_hot)), rejection
 
 
 def _evaluate(path: Path, position: Tensor) -> Cloud:

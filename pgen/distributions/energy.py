@@ -88,6 +88,8 @@ class Energy(TorchDistribution):
             Size() if base is None else base.batch_shape,
         ]
         batch_shape = torch.broadcast_shapes(*lead)
+        #: Where its numbers are in the flattened event of the law that it was made from by `given`; None for one written so.
+        self.places: Tensor | None = None
         #: Whether there are several laws, each with a constant of its own.
         self.conditional = bool(batch_shape)
         self._written: Any = self  # before any expansion
@@ -127,7 +129,7 @@ class Energy(TorchDistribution):
         """The same law, its batch shape broadcast to another."""
         new: Any = self._get_checked_instance(Energy, _instance)
         new.energy, new.base, new._support, new.space = self.energy, self.base, self._support, self.space
-        new.conditional, new._written = self.conditional, self._written
+        new.conditional, new._written, new.places = self.conditional, self._written, self.places
         new.context = expand_context(self.context, Size(batch_shape))
         TorchDistribution.__init__(new, Size(batch_shape), self.event_shape, validate_args=False)
         new._validate_args = self._validate_args
@@ -243,7 +245,9 @@ class Energy(TorchDistribution):
             )
         )
         seen = flat[:, there].reshape(*lead, len(there))
-        return Energy(energy, (len(gone),), support=support, context=seen)
+        rest = Energy(energy, (len(gone),), support=support, context=seen)
+        rest.places = gone
+        return rest
 
     @torch.no_grad()
     def sample(self, sample_shape: _size = ()) -> Tensor:

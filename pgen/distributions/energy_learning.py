@@ -21,12 +21,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
+from pgen.algorithms.energy.amortised import Amortised
 from pgen.algorithms.energy.contrastive import (
     Chained,
     ContrastiveDivergence,
     PersistentContrastiveDivergence,
     ShortRun,
 )
+from pgen.algorithms.energy.cooperative import Cooperative
 from pgen.algorithms.energy.discrepancy import ConditionalNoiseContrastive, EnergyDiscrepancy
 from pgen.algorithms.energy.likelihoods import PseudoLikelihood, RatioMatching
 from pgen.algorithms.energy.matching import DenoisingScoreMatching, ScoreMatching, SlicedScoreMatching
@@ -310,6 +312,9 @@ def start_of(law: Any, lead: torch.Size) -> tuple[Tensor, Any]:
     for memory in getattr(law, "memories", {}).values():
         chains: Tensor | None = getattr(getattr(memory, "inner", None), "position", None)
         if chains is not None and len(chains):
+            places = getattr(_plain(law), "places", None)
+            if places is not None:  # what is missing begins where whole values have it
+                chains = chains.flatten(1)[:, places]
             return chains[torch.randint(len(chains), (n,), device=chains.device)], law_of_leaps
     if base is not None and capabilities_of(base) & {Capability.SAMPLE, Capability.RSAMPLE}:
         outer = lead[: len(lead) - len(base.batch_shape)]
@@ -364,6 +369,8 @@ OBJECTIVES = (
     learned_by(EnergyDiscrepancy(), cost=155.0),
     learned_by(PseudoLikelihood(), cost=160.0),
     learned_by(RatioMatching(), cost=165.0),
+    learned_by(Amortised(), cost=170.0),
+    learned_by(Cooperative(), cost=175.0),
 )
 
 

@@ -152,9 +152,8 @@ def annealed_by(
             fewer = replace(how, chains=beside, pilot=min(how.pilot, beside), trial=min(how.trial, beside))
             route: Any = Tilted(References(drawn, space, each, widen=_WIDER), density, Usual(space).walk())
             found = fewer.run(route, drawn, laws=each)
-            return Normaliser(
-                *(v.reshape(laws) for v in (found.log_z, found.stderr, found.lower, found.upper))
-            )
+            sides = (found.log_z, found.stderr, found.lower, found.upper)
+            return Normaliser(*(None if v is None else v.reshape(laws) for v in sides))  # type: ignore[arg-type]
         flat = base_of(law) is None
         tempered = getattr(getattr(law, "energy", None), "tempered", None) if flat else None
         if tempered is not None:

@@ -215,18 +215,21 @@ class ShortRun(Chained):
 class PersistentContrastiveDivergence(Chained):
     """PCD: chains go on from call to call while the density changes slowly under them.
 
-    At each call as many of them as there are rows of data (all, at most) are drawn from the buffer, moved and put back.
+    At each call some of them, as many as there are rows of data by default, are drawn from the buffer, moved and put back.
+    Their mean is the noisier half of the gradient: where a move is cheap, moving more of them than rows pays.
     Before they move, each is renewed with probability `renew`: a remedy for chains that are stuck. Renewed at the data the
     method stays consistent, since chains at the data are chains of the right model; renewed at noise it has the bias of
     short runs in that fraction, and finds modes that the data lack.
 
     Attributes:
         chains: in the buffer.
+        moved: how many of them at each call; None: as many as there are rows, and all at most.
         renew: probability for each chain and call.
         renew_from: `"data"` or `"noise"` (the reference law).
     """
 
     chains: int = 1000
+    moved: int | None = None
     renew: float = 0.05
     renew_from: Literal["data", "noise"] = "data"
 
@@ -234,6 +237,8 @@ class PersistentContrastiveDivergence(Chained):
         """Check hyperparameters."""
         super().__post_init__()
         at_least("chains", self.chains, 1)
+        if self.moved is not None and not 1 <= self.moved <= self.chains:
+            raise ValueError(f"moved is 1 to chains={self.chains}, or None; got {self.moved}")
         if not 0 <= self.renew <= 1:
             raise ValueError(f"renew is a probability, got {self.renew}")
         if self.renew_from not in ("data", "noise"):
@@ -263,7 +268,7 @@ class PersistentContrastiveDivergence(Chained):
     def __call__(self, f: Density, x: Tensor, memory: Chains) -> Learned:
         """f(x) less the mean of f over chains that were moved."""
         with torch.no_grad():
-            moved = min(len(x), self.chains)
+            moved = min(len(x), self.chains) if self.moved is None else self.moved
             which = torch.randperm(self.chains, device=x.device)[:moved]
             position, age = memory.position.index_select(0, which), memory.age.index_select(0, which)
             if self.renew_from == "data":

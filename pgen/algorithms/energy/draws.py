@@ -10,9 +10,10 @@ began in. Chains of persistent contrastive divergence, which have been moving si
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,12 +22,19 @@ from pgen.algorithms.energy.contrastive import leap
 from pgen.algorithms.energy.reference import Law, Reference, closest
 from pgen.algorithms.energy.space import Space
 from pgen.algorithms.energy.walks import Density, Moves, Sweeps, Usual, Walk
-from pgen.algorithms.kernels.base import Kernel
-from pgen.algorithms.record import record
+from pgen.algorithms.kernels.base import Info, Kernel, Tuning
+from pgen.algorithms.kernels.discrete_langevin import DiscreteLangevin
+from pgen.algorithms.kernels.hmc import HMC
+from pgen.algorithms.kernels.langevin import ULA
+from pgen.algorithms.kernels.nuts import NUTS
+from pgen.algorithms.kernels.walk import RandomWalk
 
 _FITS = 5  # of the reference law during warm-up
 _SELDOM = 0.002  # of chains that leap in a call
 _RATE = 0.2  # of the logarithm of the step size
+_LONGEST = (1.0, 3.0)  # logarithms of the two step sizes
+_LANGEVIN = 0.574
+_AIMS: tuple[tuple[type, float | None], ...] = ((HMC, 0.651), (NUTS, 0.8), (RandomWalk, 0.234), (ULA, None))
 
 
 @dataclass(frozen=True)
@@ -40,7 +48,11 @@ class LongRun:
         steps: of the kernel in a call.
         leaps: draws of the reference law that are offered to each chain at each call; 0 for none.
         continuous: kernel for what is measured; MALA by default.
-        discrete: kernel for what is counted; Gibbs with gradients for bits by default, else Gibbs.
+        discrete: kernel for what is counted, or its class (`Gibbs`), where it is not known yet how many values there are;
+            Gibbs with gradients for bits by default, else Gibbs.
+        step_size: to begin with, in standard deviations of the chains; of `ULA`, which accepts everything, for good
+            (a variance is then too large by about a quarter of its square, and without end from 0.8 on).
+        target_accept: what the step size is adapted to; None: what suits the kernel.
 
     Raises:
         ValueError: a setting is out of its range.
@@ -53,12 +65,22 @@ class LongRun:
     leaps: int = 8
     continuous: Kernel | None = None
     discrete: Any = None
+    step_size: float = 1.0
+    target_accept: float | None = None
 
     def __post_init__(self) -> None:
         """Check the ranges."""
         for name, least in (("warmup", 0), ("thin", 1), ("chains", 1), ("steps", 1), ("leaps", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is at least {least}, got {getattr(self, name)}")
+        if not self.step_size > 0:
+            raise ValueError(f"step_size is positive, got {self.step_size}")
+        if self.target_accept is not None and not 0 < self.target_accept < 1:
+            raise ValueError(f"target_accept is a probability between 0 and 1, got {self.target_accept}")
+
+    def count(self, n: int, conditional: bool = False) -> int:
+        """Chains for n draws; where every draw is of a law of its own, a multiple of n."""
+        return n if conditional else min(n, self.chains)
 
     def __call__(
         self,
@@ -78,52 +100,141 @@ class LongRun:
             space: of the values.
             n: draws, a multiple of C, or fewer.
             reference: what leaps may be drawn from, where it is closer than a law that is fitted to the chains.
-            sweep: the energy's own Gibbs sweep, in the place of kernels.
+            sweep: the energy's own Gibbs sweep, in the place of kernels, unless a kernel is asked for.
         """
-        walk = self._walk(space, sweep)
-        x, log_step = start.detach().clone(), torch.zeros((), dtype=start.dtype, device=start.device)
+        walk, following = self._walk(space, sweep)
+        x, log_step = start.detach().clone(), following.begin(self.step_size, start)
         leaps, block = self.leaps, max(1, self.warmup // _FITS)
-        move: Any = None
+        call: Any = None
+        scale = start.new_ones(())
         with torch.no_grad():
             for i in range(0, self.warmup, block):
-                move, leapt = self._mover(f, x, space, walk, reference, leaps), torch.zeros_like(log_step)
+                call, scale = self._call(call, f, x, space, walk, reference, leaps)
+                leapt = torch.zeros_like(log_step[0])
                 for _ in range(min(block, self.warmup - i)):
-                    x, accept, gone = move(x, log_step.exp())
+                    x, accept, gone = call(x, log_step.exp(), scale)
                     leapt = leapt + gone / block
-                    if walk.target_accept is not None and space.dims:
-                        log_step = (log_step + _RATE * (accept - walk.target_accept)).clamp(-12.0, 1.0)
-                # Where leaps are never taken they only cost evaluations.
-                leaps = leaps if float(leapt) > _SELDOM else 0
+                    log_step = following.after(log_step, accept)
+                if (
+                    leaps and float(leapt) <= _SELDOM
+                ):  # where leaps are never taken they only cost evaluations
+                    leaps, call = 0, None
             kept = [x]
             if n > len(x):
-                move = self._mover(f, x, space, walk, reference, leaps)
+                call, scale = self._call(call, f, x, space, walk, reference, leaps)
             while sum(map(len, kept)) < n:
                 for _ in range(self.thin):
-                    x, _, _ = move(x, log_step.exp())
+                    x, _, _ = call(x, log_step.exp(), scale)
                 kept.append(x)
         return torch.cat(kept)[:n]
 
-    def _walk(self, space: Space, sweep: Callable[[Tensor], Tensor] | None) -> Walk:
-        if sweep is not None:
-            return Sweeps(sweep, self.steps)
-        usual = Usual(space)
-        return Moves(
-            space, self.continuous or usual.continuous, self.discrete or usual.discrete, self.steps, 0.574
-        )
+    def _walk(self, space: Space, sweep: Callable[[Tensor], Tensor] | None) -> tuple[Walk, Following]:
+        if sweep is not None and self.continuous is None and self.discrete is None:
+            return Sweeps(sweep, self.steps), Following()
+        continuous, discrete = kernels_of(space, self.continuous, self.discrete)
+        aim = None if continuous is None else self.target_accept or aim_of(continuous)
+        return Moves(space, continuous, discrete, self.steps, aim), Following(aim, discrete)
 
-    def _mover(
-        self, f: Density, x: Tensor, space: Space, walk: Walk, reference: Law | None, leaps: int
-    ) -> Any:
-        """One call of the walk, recorded, with the scale and the leaps that suit where chains are."""
+    def _call(
+        self, call: Any, f: Density, x: Tensor, space: Space, walk: Walk, reference: Law | None, leaps: int
+    ) -> tuple[Any, Tensor]:
+        """One call of the walk, with leaps that suit where chains are, if there are any; and a scale that does."""
         fitted = Reference(x, space, widen=1.2) if len(x) > 1 else None
         law = reference if fitted is None else closest(x, fitted, reference)
-        scale = fitted.root.diagonal() if fitted is not None and space.dims else None
+        scale = fitted.root.diagonal() if fitted is not None and space.dims else x.new_ones(())
+        if call is not None and not leaps:
+            return call, scale
+        tuned = isinstance(walk, Moves) and isinstance(walk.discrete, DiscreteLangevin)
 
-        def move(x: Tensor, step: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            gone = torch.zeros_like(step)
+        def move(x: Tensor, step: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            gone = torch.zeros_like(step[0])
             if leaps and law is not None:
                 x, gone = leap(x, f, law, leaps)
-            position, accept = walk(x, f, step if scale is None else step * scale)
-            return position, accept, gone
+            heard = Heard(walk.discrete, step[1]) if tuned else None  # type: ignore[attr-defined]
+            how: Any = walk if heard is None else replace(walk, discrete=heard)  # type: ignore[type-var]
+            position, accept = how(x, f, step[0] * scale)
+            other = torch.ones_like(accept) if heard is None else heard.accept.mean()
+            return position, torch.stack([accept, other]), gone
 
-        return record(move)
+        return move, scale  # not recorded: there are too few calls to make up for it
+
+
+class Following(NamedTuple):
+    """Step sizes that follow the acceptance: of the kernel for what is measured, and of `DiscreteLangevin`.
+
+    Attributes:
+        aim: acceptance that the first is adapted to; None for a kernel whose step size stays.
+        discrete: the kernel for what is counted.
+    """
+
+    aim: float | None = None
+    discrete: Any = None
+
+    def begin(self, step_size: float, like: Tensor) -> Tensor:
+        """Logarithms of the two, `[2]`."""
+        return like.new_tensor([step_size, getattr(self.discrete, "step_size", 1.0)]).log()
+
+    def after(self, log_step: Tensor, accept: Tensor) -> Tensor:
+        """What they are after a call that accepted so many, `[2]`."""
+        langevin = isinstance(self.discrete, DiscreteLangevin)
+        aims = log_step.new_tensor([self.aim or math.nan, _LANGEVIN if langevin else math.nan])
+        moved = log_step + _RATE * (accept - aims).nan_to_num(nan=0.0)
+        moved = torch.minimum(moved, log_step.new_tensor(_LONGEST)).clamp(min=-12.0)
+        return torch.where(aims.isnan(), log_step, moved)
+
+
+@dataclass
+class Heard:
+    """A kernel with a step size, or none, that remembers how often each chain accepted.
+
+    Attributes:
+        kernel: what moves.
+        step_size: of a kernel that takes it from a tuning, `[]`; None: the tuning is what it is.
+        accepts: `[C]`, one for each step.
+    """
+
+    kernel: Any
+    step_size: Tensor | None = None
+    accepts: list[Tensor] = field(default_factory=list)
+
+    @property
+    def accept(self) -> Tensor:
+        """Mean over steps, `[C]`."""
+        return torch.stack(self.accepts).mean(0)
+
+    def init(self, position: Tensor, target: Any) -> Any:
+        """The state of the kernel."""
+        return self.kernel.init(position, target)
+
+    def step(self, state: Any, tuning: Tuning | None, target: Any) -> tuple[Any, Info]:
+        """A step of the kernel."""
+        if self.step_size is not None:
+            tuning = Tuning(self.step_size, self.step_size, self.step_size)
+        state, info = self.kernel.step(state, tuning, target)
+        self.accepts.append(info.accept)
+        return state, info
+
+
+def kernels_of(space: Any, continuous: Kernel | None, discrete: Any) -> tuple[Kernel | None, Any]:
+    """The kernels for what is measured and for what is counted, None where there is nothing to move; the usual ones for None.
+
+    >>> from torch.distributions import constraints
+    >>> kernels_of(Space.of(constraints.boolean, (2,)), HMC(), DiscreteLangevin)
+    (None, DiscreteLangevin(cardinalities=(2, 2), step_size=0.5, dtype=None))
+    """
+    usual = Usual(space)
+    if isinstance(discrete, type) and space.cardinalities:
+        discrete = discrete(space.cardinalities)
+    return (
+        (continuous or usual.continuous) if space.dims else None,
+        (discrete or usual.discrete) if space.cardinalities else None,
+    )
+
+
+def aim_of(kernel: Any) -> float | None:
+    """The acceptance at which a kernel moves fastest; None for one that accepts everything.
+
+    >>> aim_of(HMC()), aim_of(ULA())
+    (0.651, None)
+    """
+    return next((aim for kind, aim in _AIMS if isinstance(kernel, kind)), _LANGEVIN)

@@ -72,7 +72,7 @@ class Tilted:
     def gain(self, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
         """The step of beta times the log ratio."""
         ratio = self.log_density(x) - self.reference.log_prob(x)
-        return (high - low) * _finite(ratio)
+        return (high - low) * finite(ratio)
 
     def move(self, x: Tensor, beta: Tensor, step_size: Tensor, backwards: bool = False) -> Walked:
         """The walk under the mixture of exponents."""
@@ -107,13 +107,14 @@ class Own:
 
     def gain(self, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
         """The difference of two energies."""
-        return _finite(self.tempered(low)(x) - self.tempered(high)(x))
+        return finite(self.tempered(low)(x) - self.tempered(high)(x))
 
     def move(self, x: Tensor, beta: Tensor, step_size: Tensor, backwards: bool = False) -> Walked:
         """Sweeps at beta."""
         return Sweeps(self.tempered(beta).sweep, self.sweeps)(x, lambda x: x, step_size)
 
 
-def _finite(ratio: Tensor) -> Tensor:
+def finite(ratio: Tensor) -> Tensor:
+    """Log ratios, very low where they are no finite number: times an inverse temperature of 0 they are then 0."""
     least = math.sqrt(torch.finfo(ratio.dtype).max)
     return ratio.nan_to_num(nan=-least, posinf=-least, neginf=-least)

@@ -129,7 +129,7 @@ class Moves:
 
         def of_z(q: Tensor) -> Any:
             if isinstance(self.discrete, Gibbs):
-                return lambda z: log_density(together(q.repeat_interleave(len(z) // len(q), 0), z)).detach()
+                return lambda z: _row_by_row(lambda q, z: log_density(together(q, z)), q, z)
             values = torch.arange(max(self.space.cardinalities), dtype=q.dtype, device=q.device)
             return with_gradient(lambda code: log_density(together(q, code @ values)))
 
@@ -151,6 +151,13 @@ class Moves:
                 state, info = self.continuous.step(state, tuning, target)
                 q, total = state.position, total + info.accept.mean() / self.steps
         return Walked(together(q, z), total if self.continuous is not None else accept)
+
+
+def _row_by_row(density: Callable[[Tensor, Tensor], Tensor], q: Tensor, z: Tensor) -> Tensor:
+    """The density at several z of every chain, which are given side by side, and asked for as rows i of chain i mod C."""
+    each = len(z) // len(q)
+    turned = z.unflatten(0, (len(q), each)).transpose(0, 1).flatten(0, 1)
+    return density(q.repeat(each, 1), turned).detach().unflatten(0, (each, len(q))).mT.reshape(-1)
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,14 @@ import pytest
 import torch
 from torch.distributions import constraints
 
+from pgen.algorithms.energy.amortised import Amortised
 from pgen.algorithms.energy.contrastive import (
     ContrastiveDivergence,
     PersistentContrastiveDivergence,
     ShortRun,
     leap,
 )
+from pgen.algorithms.energy.cooperative import Cooperative
 from pgen.algorithms.energy.discrepancy import ConditionalNoiseContrastive, EnergyDiscrepancy
 from pgen.algorithms.energy.learning import beyond
 from pgen.algorithms.energy.likelihoods import PseudoLikelihood, RatioMatching
@@ -32,6 +34,8 @@ CONSISTENT = {
     "short run": ShortRun(steps=20, leaps=32, regularisation=0.0),
     "nce": NoiseContrastive(),
     "cnce": ConditionalNoiseContrastive(),
+    "amortised": Amortised(regularisation=0.0, hidden=(8,)),
+    "cooperative": Cooperative(steps=3, regularisation=0.0, hidden=(8,)),
 }
 
 
