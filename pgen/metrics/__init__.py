@@ -2,6 +2,7 @@
 
 from pgen.metrics.accounting import bits_per_dim, cell_log_mass, mean_and_error, perplexity
 from pgen.metrics.classifier import Classified, c2st
+from pgen.metrics.detection import auroc, calibration_error
 from pgen.metrics.two_sample import (
     TwoSampleTest,
     energy_distance,
@@ -13,8 +14,10 @@ from pgen.metrics.two_sample import (
 __all__ = [
     "Classified",
     "TwoSampleTest",
+    "auroc",
     "bits_per_dim",
     "c2st",
+    "calibration_error",
     "cell_log_mass",
     "energy_distance",
     "mean_and_error",

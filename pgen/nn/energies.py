@@ -40,6 +40,17 @@ def lipschitz(network: nn.Module) -> nn.Module:
     return network
 
 
+def without_constant(network: nn.Module) -> nn.Module:
+    """A network whose last layer adds nothing: a constant cancels in an energy, and nothing would learn it.
+
+    >>> [name for name, _ in without_constant(nn.Sequential(nn.Linear(2, 3), nn.SiLU(), nn.Linear(3, 1))).named_parameters()]
+    ['0.weight', '0.bias', '2.weight']
+    """
+    layers = [layer for layer in network.modules() if isinstance(layer, nn.Linear)]
+    layers[-1].bias = None  # type: ignore[assignment]
+    return network
+
+
 class MLPEnergy(nn.Module):
     r"""A multilayer perceptron as an energy of vectors.
 
@@ -89,7 +100,7 @@ class MLPEnergy(nn.Module):
         self.dims, self.confinement = dims, confinement
         self.register_buffer("waves", torch.randn(frequencies, dims) / detail)
         self.register_buffer("phases", 2 * math.pi * torch.rand(frequencies))
-        network = MLP(dims + frequencies, 1, hidden, activation, context=context)
+        network = without_constant(MLP(dims + frequencies, 1, hidden, activation, context=context))
         self.network = lipschitz(network) if spectral else network
         self.slope = nn.Parameter(torch.ones(())) if spectral else None
 
@@ -152,7 +163,7 @@ class ConvEnergy(nn.Module):
             nn.Flatten(),
             nn.Linear(channels * height * width, 128),
             nn.SiLU(),
-            nn.Linear(128, outputs),
+            nn.Linear(128, outputs, bias=outputs > 1),  # a constant of a single energy means nothing
         ]
         self.network = lipschitz(nn.Sequential(*layers)) if spectral else nn.Sequential(*layers)
         self.slope = nn.Parameter(torch.ones(())) if spectral else None

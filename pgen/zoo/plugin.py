@@ -10,6 +10,7 @@ from pgen.registry import hookimpl
 from pgen.zoo import datasets, toys
 from pgen.zoo.data import Data
 from pgen.zoo.diffusion import DenoisingDiffusion
+from pgen.zoo.energy import BoltzmannMachine, EnergyModel, JointEnergy
 from pgen.zoo.flow import SplineFlow
 from pgen.zoo.hmm import HMM
 from pgen.zoo.hvae import HVAE
@@ -25,11 +26,14 @@ from pgen.zoo.vae import VAE
 def pgen_programs() -> Mapping[str, Callable[..., Any]]:
     """Makers of programs: call one with options to get a Pyro program."""
     return {
+        "boltzmann-machine": BoltzmannMachine,
         "causal-image": CausalImage,
         "diffusion": DenoisingDiffusion,
+        "energy": EnergyModel,
         "flow": SplineFlow,
         "hmm": HMM,
         "hvae": HVAE,
+        "joint-energy": JointEnergy,
         "logistic-regression": logistic_regression,
         "made": MaskedAutoencoder,
         "mixture": Mixture,
