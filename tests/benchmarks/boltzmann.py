@@ -33,9 +33,12 @@ from pgen.zoo import BoltzmannMachine
 
 HIDDEN = 12
 WAYS: dict[str, Any] = {
-    "CD-1": learned_by(ContrastiveDivergence(steps=1, leaps=0)),
-    "CD-10": learned_by(ContrastiveDivergence(steps=10, leaps=0)),
-    "PCD-1": learned_by(PersistentContrastiveDivergence(steps=1, leaps=0)),
+    "CD-1": learned_by(ContrastiveDivergence(steps=1, leaps=0, regularisation=0.0)),
+    "PCD-5": learned_by(
+        PersistentContrastiveDivergence(
+            steps=5, leaps=0, chains=500, moved=500, renew=0.01, regularisation=0.0
+        )
+    ),
     "PCD-10, leaps (default)": "persistent-contrastive-divergence",
     "pseudo-likelihood": "pseudo-likelihood",
 }
