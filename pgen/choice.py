@@ -172,6 +172,21 @@ def _to_draw(structure: Structure, ways: Any) -> Conversion | None:
     return next((c for c in map(structure.conversions.named, several) if c.gives in _DRAWN), None)
 
 
+def undrawable(structure: Structure, via: Mapping[str, Any]) -> Refusal | None:
+    """A refusal where draws of a site were asked for by a conversion that cannot be used there, if there is such a site."""
+    for name, ways in via.items():
+        asked = _to_draw(structure, ways)
+        site = structure.sites.get(name)
+        why = None if asked is None or site is None else asked.unless(site, structure)
+        if asked is not None and why is not None:
+            return Refusal(
+                name,
+                Capability.SAMPLE.value,
+                f"site {name!r}: via={asked.name!r} cannot be used there: {why}",
+            )
+    return None
+
+
 def weakest(kinds: Iterable[Exactness]) -> Exactness:
     """The weakest promise of several; exact, if there is none."""
     return min(kinds, key=lambda kind: kind.strength, default=Exactness.EXACT)

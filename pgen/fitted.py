@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from numbers import Integral
 from typing import Any
 
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from pgen import saving
 from pgen.calling import name_of, signature_of
-from pgen.capability import Capability, Estimate, Offer, Query
-from pgen.conversion import Adapter, Normaliser
+from pgen.capability import Capability, Estimate, Offer, Query, Refusal
+from pgen.completion import completed, lacking
 from pgen.draws import Draws
 from pgen.errors import DataError, Dishonest, OptionError, Unanswerable
 from pgen.handlers import Keep
@@ -24,6 +24,7 @@ from pgen.history import History
 from pgen.inspection import inspect_problem
 from pgen.isolation import isolated, seed_or_fresh
 from pgen.laws import law_at, site_of
+from pgen.normalisers import with_normalisers
 from pgen.parameters import Parameters
 from pgen.predictive import log_likelihood
 from pgen.predictive import predictive as predictive_draws
@@ -174,12 +175,34 @@ class Fitted:
         return estimate
 
     def posterior(self, data: Data = None, n: int = 1000, *, seed: int | None = None) -> Draws:
-        """`n` joint draws of every unobserved site given data, each [n, ...]; given the fitted data if none is given."""
-        self._offered(Query.POSTERIOR)
+        """`n` joint draws of every unobserved site given data, each [n, ...]; given the fitted data if none is given.
+
+        Where the data lacks a part of a value (NaN) at a law that knows its own conditionals, as an energy does, draws of
+        that site are whole values: what was given, and what was missing drawn with the rest.
+        """
         n = _count("n", n)
+        if isinstance(data, Mapping) and lacking(self.structure, data):
+            with self._isolated(seed):
+                return completed(self.structure, data, n, partial(self._asked, completing=True), self._rest)
+        self._offered(Query.POSTERIOR)
         with self._isolated(seed):
-            problem, structure = self._asked(data)
-            drawn = self._answers.posterior(problem, structure, n)
+            return self._drawn(*self._asked(data), n)
+
+    def _rest(self, problem: Problem, structure: Structure, n: int) -> Draws:
+        """Draws where what is missing in part is latent: the backend is asked whether it can."""
+        if not structure.latents:
+            return Draws({})
+        found = self.backend.examine(structure)
+        if isinstance(found, Refusal) or Query.POSTERIOR not in found.answers:
+            why = f": {found.why}" if isinstance(found, Refusal) else ""
+            raise Unanswerable(
+                f"backend {self.backend.name!r} does not draw what is missing in part of {structure.name}{why}; give the values "
+                "whole, or fit fitted.program by 'mcmc'"
+            )
+        return self._drawn(problem, structure, n)
+
+    def _drawn(self, problem: Problem, structure: Structure, n: int) -> Draws:
+        drawn = self._answers.posterior(problem, structure, n)
         self._check_draws(drawn, structure.latents, n, "posterior")
         return drawn if isinstance(drawn, Draws) else Draws(dict(drawn))
 
@@ -302,7 +325,7 @@ class Fitted:
             others = [self._answers.log_prob(problem, structure).value for _ in range(_REPEATS - 1)]
             values = torch.stack([first.value, *others])
             first = replace(first, value=values.mean(0), stderr=values.std(0) / _REPEATS**0.5)
-        return with_normalisers(first, problem, structure)
+        return with_normalisers(first, structure, problem.adapters)
 
     def _offered(self, query: Query) -> None:
         if query not in self.offer.answers:
@@ -312,7 +335,7 @@ class Fitted:
                 f"pgen.explain(program, data) shows who does"
             )
 
-    def _asked(self, data: Data) -> tuple[Problem, Structure]:
+    def _asked(self, data: Data, completing: bool = False) -> tuple[Problem, Structure]:
         if data is None:
             if not self._complete:
                 raise OptionError(
@@ -332,7 +355,14 @@ class Fitted:
             data = {**kept, **data}
         asked = self.problem.with_data(data)
         asked = asked.to(self.problem.device, torch.float64 if self._precision == "float64" else None)
-        structure, problem = inspect_problem(asked)
+        if completing:  # looked at without conversions, which would run chains only to be looked at
+            names = frozenset(lacking(self.structure, asked.observations))
+            own = {k: v for k, v in asked.adapters.items() if k not in names}
+            structure, problem = inspect_problem(replace(asked, completing=True, adapters=own))
+            drawn = problem.undrawable - asked.adapters.keys()
+            problem = replace(problem, adapters=asked.adapters, undrawable=drawn)
+        else:
+            structure, problem = inspect_problem(asked)
         return problem, replace(structure, conversions=self.structure.conversions)
 
     def _check_draws(self, values: Mapping[str, Tensor], sites: Any, n: int, query: str) -> None:
@@ -371,61 +401,6 @@ class Learned:
         """Run the program with the learned tensors lent to it."""
         with self._parameters.installed(), Keep(self._parameters.installed):
             return self._program(*args, **kwargs)
-
-
-def with_normalisers(first: Estimate, problem: Problem, structure: Structure) -> Estimate:
-    """A log probability with the errors of the normalisers that went into it: log Z is taken off once for each copy of a site."""
-    for name, adapt in problem.adapters.items():
-        if name not in structure.sites or not isinstance(adapt, Adapter):
-            continue
-        for log_z in adapt.normalisers:
-            own, common = _by_row(structure, name, log_z, first.value)
-            first = _less(first, own, common)
-    return first
-
-
-def _by_row(structure: Structure, site: str, log_z: Normaliser, value: Tensor) -> tuple[Normaliser, bool]:
-    """What a row has of a site's normalisers, and whether all rows have the same.
-
-    Errors of several normalisers of a row add up, as at worst they do.
-    """
-    plates = [structure.plates[p] for p in structure.sites[site].plates]
-    kept = {p.dim for p in plates if p.name in structure.data_plates and not structure.tied}
-    copies = math.prod(p.size for p in plates if p.dim not in kept)
-    alone = not log_z.value.ndim
-
-    def of_rows(part: Tensor | None) -> Tensor | None:
-        if part is None:
-            return None
-        if alone:
-            return (copies * part).to(value)
-        lead = [1] * max(part.ndim, *(-p.dim for p in plates))
-        for plate in plates:
-            lead[plate.dim] = len(value) if plate.dim in kept else plate.size
-        wide = part.expand(torch.broadcast_shapes(part.shape, torch.Size(lead)))
-        gone = [d for d in range(-wide.ndim, 0) if d not in kept]
-        return (wide.sum(gone) if gone else wide).reshape(value.shape).to(value)
-
-    parts = (log_z.value, log_z.stderr, log_z.lower, log_z.upper, log_z.error)
-    return Normaliser(*map(of_rows, parts)), alone or structure.tied  # type: ignore[arg-type]
-
-
-def _less(first: Estimate, log_z: Normaliser, common: bool) -> Estimate:
-    """An estimate from which log Z was taken, with what is known of log Z."""
-    value, stderr, solver, shared = first.value, first.stderr, first.solver_error, first.shared
-    if log_z.stderr is not None:
-        mine = log_z.stderr
-        stderr = mine.expand_as(value) if stderr is None else (stderr.square() + mine.square()).sqrt()
-        if common:
-            shared = mine if shared is None else (shared.square() + mine.square()).sqrt()
-    if log_z.error is not None:
-        mine = log_z.error.expand_as(value)
-        solver = mine if solver is None else solver + mine
-    ends: dict[str, Any] = {}
-    for end, own, other in (("lower", first.lower, log_z.upper), ("upper", first.upper, log_z.lower)):
-        if other is not None:
-            ends[end] = (value if own is None else own) + log_z.value - other
-    return replace(first, stderr=stderr, solver_error=solver, shared=shared, **ends)
 
 
 def _count(name: str, n: Any) -> int:

@@ -29,7 +29,9 @@ def only_named(msg: Any) -> bool:
 class Observe(Messenger):
     """Observe values at sites by name; those named in `missing` hold NaN, which is integrated out element by element.
 
-    `fallback` holds values that are used only where the program leaves the site of that name unobserved.
+    `fallback` holds values that are used only where the program leaves the site of that name unobserved. With `completing`,
+    a value that is missing in part at a law that knows its own conditionals (`given`) leaves a latent in its place: what is
+    missing, given the rest.
     """
 
     def __init__(
@@ -37,9 +39,11 @@ class Observe(Messenger):
         values: Mapping[str, Tensor],
         missing: Collection[str] = (),
         fallback: Mapping[str, Tensor] | None = None,
+        completing: bool = False,
     ) -> None:
         """Keep the values."""
         super().__init__()
+        self.completing = completing
         self.values = values
         self.missing = missing
         self.fallback = fallback or {}
@@ -54,10 +58,23 @@ class Observe(Messenger):
             value = self.fallback[name]
         else:
             return
+        if self.completing and name in self.missing and missing_in_part(value, len(msg["fn"].event_shape)):
+            given = getattr(msg["fn"], "given", None)
+            if given is not None:
+                msg["fn"], msg["value"], msg["is_observed"] = given(value), None, False
+                return
         if name in self.missing:
             msg["fn"], value = without_missing(name, msg["fn"], value)
         msg["value"] = value
         msg["is_observed"] = True
+
+
+def missing_in_part(value: Tensor, event_dim: int) -> bool:
+    """Whether an event has NaN beside numbers."""
+    if not event_dim or not value.is_floating_point():
+        return False
+    gone = value.isnan().flatten(-event_dim)
+    return bool((gone.any(-1) & ~gone.all(-1)).any())
 
 
 _GAUSSIAN = (torch.distributions.MultivariateNormal, torch.distributions.LowRankMultivariateNormal)

@@ -58,6 +58,7 @@ class Problem:
     )  # site -> how its law is converted
     undrawable: frozenset[str] = frozenset()  # latents without a way to draw them, given some value instead
     learners: Mapping[str, Any] = field(default_factory=dict)
+    completing: bool = False  # what is missing in part of a value is a latent, where its law knows how
     source: _Rows | None = None  # a map-style dataset whose rows are read by `take`
     suggested_batch: int | None = None
 
@@ -275,7 +276,7 @@ class Problem:
         meet = (
             poutine.uncondition()
             if self.unobserved
-            else Observe(self.observations, self.missing, fallback=self.inputs)
+            else Observe(self.observations, self.missing, fallback=self.inputs, completing=self.completing)
         )
         with StandIn(self.undrawable), Adapt(self.adapters), meet:
             return self.program(*args, **kwargs)

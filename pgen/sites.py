@@ -134,6 +134,7 @@ class Watch(Progress):
             parents=tuple(order),
             observed=bool(msg["is_observed"]) or factor,
             enumerable=cardinality is not None,
+            completes=callable(getattr(_base(fn), "given", None)),
             params=tuple(sorted(only(labels, "param"))),
             inputs=tuple(sorted(only(labels, "input"))),
             support_parents=tuple(sorted(only(self._labels(_tensors_of(support)), "site"))),
@@ -323,8 +324,10 @@ def _check_value(name: str, fn: Any, value: Tensor) -> None:
                 )
             if Capability.LOG_DENSITY in capabilities_of(law):
                 seen = (
-                    f"; or draw what is missing given the rest, whose law is fitted.law({name!r}).given(value), by "
-                    "pyro.sample('rest', ...) in a program of its own"
+                    "; or ask a fit for what is missing: fitted.posterior({"
+                    + repr(name)
+                    + ": ...}) draws it given the rest, whose law is "
+                    f"fitted.law({name!r}).given(value)"
                 )
             raise DataError(
                 f"site {name!r}: {len(partly)} of its observed events are missing in part (NaN), the first at index "

@@ -46,6 +46,7 @@ class Site:
         factor: a `pyro.factor` statement: soft evidence, not a random value.
         certain: False where a value left torch before this site, so that more sites than those named may matter.
         improper: its density has no finite integral (`ImproperUniform`).
+        completes: its law knows its conditionals (`given`), so that values that are missing in part can be drawn.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Site:
     certain: bool = True
     dtype: torch.dtype = torch.float32
     improper: bool = False
+    completes: bool = False
 
     @property
     def discrete(self) -> bool:

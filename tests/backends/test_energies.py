@@ -17,7 +17,7 @@ from pgen.distributions import Energy
 from pgen.distributions.energy_learning import learned_by
 from pgen.fitting import Doubtful
 from pgen.nn import RBM
-from pgen.testing.statistics import assert_estimate, assert_frequencies, assert_mean
+from pgen.testing.statistics import StatisticalFailure, assert_estimate, assert_frequencies, assert_mean
 
 torch.manual_seed(0)
 DATA = {"x": 1.0 + 0.5 * torch.randn(2000, 1, generator=torch.Generator().manual_seed(7))}
@@ -169,8 +169,8 @@ def test_mcmc_conditions_a_latent_energy():
     drawn = fitted.posterior(n=4000)["z"].reshape(-1)
     assert abs(float(drawn.mean()) - 0.2) < 0.05  # precision 4 + 1
     assert abs(float(drawn.std()) - math.sqrt(1 / 5)) < 0.03
-    assert fitted.offer.answers[Query.LOG_PROB] is Exactness.UNNORMALIZED
-    assert fitted.log_prob().kind == "unnormalized"
+    assert fitted.offer.answers[Query.LOG_PROB] is Exactness.ESTIMATE  # the constant is taken off
+    assert fitted.log_prob().kind == "estimate"
 
 
 def test_most_probable_values_of_a_latent_energy():
@@ -329,3 +329,79 @@ def test_chains_of_any_dimension_agree_with_moments():
 
     drawn = pgen.fit(program, None, "exact").sample(1000, seed=0)["x"]
     assert_mean(drawn[:, 0].square(), 0.25, alpha=1e-5)
+
+
+# --- values missing in part ---
+
+PRECISION = torch.tensor([[2.0, 0.8, 0.0], [0.8, 1.0, 0.3], [0.0, 0.3, 1.5]])
+
+
+def correlated(n):
+    with pyro.plate("data", n):
+        pyro.sample("x", Energy(lambda x: ((x @ PRECISION) * x).sum(-1) / 2, (3,)))
+
+
+def conditional_of(i, value):
+    """Mean and standard deviation of the two other numbers."""
+    rest = [j for j in range(3) if j != i]
+    inner = PRECISION[rest][:, rest]
+    mean = -torch.linalg.solve(inner, PRECISION[rest, i] * value)
+    return mean, torch.linalg.inv(inner).diagonal().sqrt()
+
+
+def test_what_is_missing_in_part_is_drawn_given_the_rest():
+    nan = math.nan
+    x = torch.tensor([[1.0, nan, nan], [nan, 2.0, nan], [-0.5, nan, nan], [1.0, 2.0, 3.0]])
+    fitted = pgen.fit(correlated, None, "exact")
+    drawn = fitted.posterior({"x": x}, 1000, seed=0)["x"]
+    assert drawn.shape == (1000, 4, 3)
+    there = ~x.isnan()
+    torch.testing.assert_close(
+        drawn[:, there], x[there].expand(1000, -1)
+    )  # in all of their rows, and the last is whole
+    for row, known in ((0, 0), (1, 1), (2, 0)):
+        mean, sd = conditional_of(known, float(x[row, known]))
+        rest = drawn[:, row][:, [j for j in range(3) if j != known]]
+        assert_mean(rest, mean, std=sd, alpha=1e-5)
+        with pytest.raises(StatisticalFailure):
+            assert_mean(rest, torch.zeros(2), std=sd, alpha=1e-5)
+    with pytest.raises(pgen.errors.DataError, match="missing in part"):
+        fitted.log_prob({"x": x})
+
+
+def test_what_is_missing_in_part_is_moved_by_mcmc_beside_latents():
+    def program(n):
+        k = pyro.sample("k", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", n):
+            pyro.sample("x", Energy(lambda x: ((x @ PRECISION) * x).sum(-1) / 2, (3,)))
+            pyro.sample("y", dist.Normal(k, 1.0))
+
+    x = torch.tensor([[1.0, math.nan, math.nan], [0.5, math.nan, math.nan]])
+    data = {"x": x, "y": torch.tensor([0.3, 0.7])}
+    fitted = pgen.fit(program, {"x": torch.zeros(2, 3), "y": data["y"]}, "mcmc", run=pgen.Run(progress=False))
+    found = fitted.posterior(data, 2000, seed=0)
+    assert found["x"].shape == (2000, 2, 3)
+    assert abs(float(found["k"].mean()) - 1 / 3) < 0.15
+    for row in (0, 1):
+        mean, sd = conditional_of(0, float(x[row, 0]))
+        assert bool(((found["x"][:, row, 1:].mean(0) - mean).abs() < 0.2 * sd).all())
+        assert bool((found["x"][:, row, 1:].std(0) / sd - 1).abs().max() < 0.15)
+
+
+def test_evidence_by_chains_takes_the_constants_off():
+    """z_j has precision 3 around 1/2, written without its constant; x_ij ~ N(z_j, 1)."""
+
+    def program(n):
+        z = pyro.sample("z", Energy(lambda z: 3 * (z - 0.5).square().sum(-1) / 2, (2,)))
+        with pyro.plate("data", n):
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1))
+
+    x = torch.randn(5, 2, generator=torch.Generator().manual_seed(0))
+    backend = pgen.backend("mcmc", chains=16, warmup=100, draws=100)
+    found = pgen.fit(program, {"x": x}, backend, run=pgen.Run(progress=False)).log_prob(seed=0)
+    law = dist.MultivariateNormal(torch.full((5,), 0.5), torch.eye(5) + torch.ones(5, 5) / 3)
+    truth = law.log_prob(x.mT).sum()[None]
+    assert found.kind == "estimate"
+    assert_estimate(found.value, truth, found.stderr, rounding=1e-3)
+    with pytest.raises(StatisticalFailure):
+        assert_estimate(found.value + math.log(2 * math.pi / 3), truth, found.stderr, rounding=1e-3)

@@ -15,7 +15,16 @@ from pgen.backends.exact.groups import Group, groups_of
 from pgen.backends.exact.mode import Mode, examine_mode, fit_mode
 from pgen.backends.exact.solution import Solution
 from pgen.capability import Capability, Exactness, Offer, Query, Rank, Refusal
-from pgen.choice import Paths, answering, drawing, learned_factor, learning, names_of, weakest
+from pgen.choice import (
+    Paths,
+    answering,
+    drawing,
+    learned_factor,
+    learning,
+    names_of,
+    undrawable,
+    weakest,
+)
 from pgen.conversion import exactness_of
 from pgen.errors import OptionError
 from pgen.isolation import validating
@@ -80,7 +89,7 @@ class Exact:
 
     def examine(self, structure: Structure) -> Offer | Refusal:
         """Say what can be had exactly, or which site stands in the way."""
-        for refusal in (learned_factor(structure), _subsampled(structure)):
+        for refusal in (learned_factor(structure), _subsampled(structure), undrawable(structure, self.via)):
             if refusal is not None:
                 return refusal
         paths = answering(structure, self.via)

@@ -33,11 +33,12 @@ from pgen.backends.mcmc.samplers import KERNELS, Idle, Options, sampler_of
 from pgen.backends.mcmc.sizes import chains_for, draws_for, kernel_for, tried
 from pgen.backends.mcmc.unused import unused
 from pgen.capability import Estimate, Exactness, Offer, Refusal
-from pgen.choice import weakest
-from pgen.conversion import exactness_of
+from pgen.choice import Paths, weakest
+from pgen.conversion import Adapter
 from pgen.density import Density
 from pgen.errors import OptionError
 from pgen.evaluation import Functions, functions_of
+from pgen.normalisers import normalised
 from pgen.observers import Audience
 from pgen.problem import Problem
 from pgen.registry import hookimpl
@@ -190,8 +191,10 @@ class MCMC:
         """Warm the chains up and draw."""
         fitted = self._sampled(problem, structure, run, run.directory)
         found = self._needs(structure)
-        most = weakest(() if isinstance(found, Refusal) else map(exactness_of, found.paths.values()))
-        answers = Posterior(fitted, partial(self._others, run, problem), partial(self._evidence, run, most))
+        ways: Paths = {} if isinstance(found, Refusal) else found.constants
+        constants = {site: Adapter(way) for site, way in ways.items()}
+        evidence = partial(self._evidence, run, constants)
+        answers = Posterior(fitted, partial(self._others, run, problem), evidence)
         if run.steps != 0:
             audience = fitted.chains.members[0].audience
             audience.start(run, fitted.chains.warmup + fitted.draws)
@@ -218,7 +221,7 @@ class MCMC:
     def _evidence(
         self,
         run: Run,
-        most: Exactness,
+        constants: Mapping[str, Adapter],
         problem: Problem,
         structure: Structure,
         sampled: Callable[[], Sampled],
@@ -229,7 +232,9 @@ class MCMC:
         else:
             lift = run.precision in (None, "float64") and problem.device.type == "cpu"
             answer = evidence_by_row(problem, structure, found.summed, self.islands, lift)
-        return replace(answer, kind=weakest([answer.kind, most]))
+        kind = Exactness.ESTIMATE if isinstance(found, Refusal) else found.kind
+        answer = normalised(answer, problem, structure, constants)
+        return replace(answer, kind=weakest([answer.kind, kind]))
 
     def _others(
         self, run: Run, fitted: Problem, problem: Problem, structure: Structure, groups: int | None = None

@@ -26,12 +26,19 @@ class Needs:
         moved: continuous latents.
         summed: finite latents that are summed out, and drawn afterwards given the others.
         flipped: discrete latents that are moved in turn with the continuous ones, and why they are not summed out.
+        constants: conversions to a normalised density, of sites that are moved without one.
     """
 
     paths: Paths
     moved: tuple[str, ...]
     summed: tuple[str, ...]
     flipped: Mapping[str, str]
+    constants: Paths
+
+    @property
+    def kind(self) -> Exactness:
+        """How exact densities are, constants included where they can be had."""
+        return weakest(exactness_of(self.constants.get(site, path)) for site, path in self.paths.items())
 
 
 def needs(
@@ -101,7 +108,7 @@ def needs(
                 f"{site.distribution} has support {site.support}: neither can its values be listed, nor can it be moved by "
                 "whole numbers, nor by a gradient; write it as sites of single counts, or sum it out in the program",
             )
-    return Needs(paths, tuple(moved), tuple(summed), flipped)
+    return Needs(paths, tuple(moved), tuple(summed), flipped, _constants(structure, paths))
 
 
 def _densities(structure: Structure, via: Mapping[str, str]) -> Paths | Refusal:
@@ -128,13 +135,27 @@ def _densities(structure: Structure, via: Mapping[str, str]) -> Paths | Refusal:
     return kept
 
 
+def _constants(structure: Structure, paths: Paths) -> Paths:
+    """How log Z can be had of sites that are moved without it, where it can; evidence needs it."""
+    found = {}
+    for name, path in paths.items():
+        site = structure.sites[name]
+        if exactness_of(path) is Exactness.UNNORMALIZED:
+            way = structure.conversions.path(
+                site.capabilities, Capability.LOG_PROB, random=False, at=(site, structure)
+            )
+            if way:
+                found[name] = way
+    return found
+
+
 def offer(structure: Structure, found: Needs, kernel: str, evidence: bool) -> Offer:
     """What is answered, and how exactly."""
     answers: dict[Query, Exactness] = {}
     drawn = drawing(structure, found.paths)
     if drawn is not None:
         answers[Query.SAMPLE] = drawn[1]
-    worst = weakest(exactness_of(path) for path in found.paths.values())
+    worst = found.kind
     if evidence and structure.observed:
         unnormalised = structure.weighted or worst is Exactness.UNNORMALIZED
         answers[Query.LOG_PROB] = Exactness.UNNORMALIZED if unnormalised else Exactness.ESTIMATE
@@ -143,7 +164,9 @@ def offer(structure: Structure, found: Needs, kernel: str, evidence: bool) -> Of
     elements = sum(
         math.prod(structure.sites[s].batch_shape + structure.sites[s].event_shape) for s in found.moved
     )
-    known = worst in (Exactness.EXACT, Exactness.UNNORMALIZED)  # a constant moves nothing
+    known = all(  # a constant moves nothing
+        exactness_of(path) in (Exactness.EXACT, Exactness.UNNORMALIZED) for path in found.paths.values()
+    )
     small = known and not found.flipped and (not local or elements <= _MANY)
     rank = Rank.IDEAL if small and structure.observed else Rank.POSSIBLE
     return Offer(answers, rank, _why(found, kernel, local), names_of(drawn[0] if drawn else found.paths))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pgen.capability import Exactness, Offer, Query, Rank, Refusal
-from pgen.choice import answering, drawing, learned_factor, learning, names_of, weakest
+from pgen.choice import answering, drawing, learned_factor, learning, names_of, undrawable, weakest
 from pgen.conversion import Conversion, exactness_of
 from pgen.errors import PgenError
 from pgen.factoring import outside_plates
@@ -54,9 +54,9 @@ def needs(
         simulated: whether the guide is trained on simulations.
         valued: whether the objective weighs draws by log probabilities, not only by their gradients.
     """
-    unlearnable = learned_factor(structure)
-    if unlearnable is not None:
-        return unlearnable
+    unfit = learned_factor(structure) or undrawable(structure, via)
+    if unfit is not None:
+        return unfit
     paths = answering(structure, via)
     if isinstance(paths, Refusal):
         return paths
