@@ -192,6 +192,15 @@ def weakest(kinds: Iterable[Exactness]) -> Exactness:
     return min(kinds, key=lambda kind: kind.strength, default=Exactness.EXACT)
 
 
+def conversions_of(
+    structure: Structure, backend: Any, site: str, path: Iterable[str]
+) -> tuple[Conversion, ...]:
+    """The conversions of an offer's path: those that the backend was given as objects (`via`), else the installed ones."""
+    ways = (getattr(backend, "via", None) or {}).get(site, ())
+    own = [structure.conversions.named(way) for way in (ways if isinstance(ways, (tuple, list)) else (ways,))]
+    return tuple({c.name: c for c in own}.get(name) or structure.conversions.named(name) for name in path)
+
+
 def names_of(paths: Mapping[str, tuple[Conversion, ...]]) -> dict[str, tuple[str, ...]]:
     """Paths as an offer carries them: names of conversions by site."""
     return {site: tuple(c.name for c in path) for site, path in paths.items()}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pgen.draws import Draws
 from pgen.errors import DataError
-from pgen.handlers import missing_in_part
+from pgen.handlers import missing_in_part, whole
 from pgen.problem import Data, Problem
 from pgen.structure import Structure
 
@@ -66,8 +66,8 @@ def completed(structure: Structure, data: Mapping[str, Any], n: int, ask: Ask, d
             {key: value[index] for key, value in tensors.items()} if len(patterns) > 1 else data
         )
         drawn = draw(problem, found, n)
-        whole = {name: _whole(structure, name, tensors[name][index], drawn.get(name), n) for name in names}
-        parts.append((index, Draws({**drawn.sites, **whole}, chains=drawn.chains, stats=drawn.stats)))
+        filled = {name: _whole(structure, name, tensors[name][index], drawn.get(name), n) for name in names}
+        parts.append((index, Draws({**drawn.sites, **filled}, chains=drawn.chains, stats=drawn.stats)))
     if len(parts) == 1:
         return parts[0][1]
     sites = {}
@@ -81,10 +81,6 @@ def completed(structure: Structure, data: Mapping[str, Any], n: int, ask: Ask, d
 
 def _whole(structure: Structure, name: str, value: Tensor, rest: Tensor | None, n: int) -> Tensor:
     """Values with what is missing filled in, `[n, ...]`."""
-    event = len(structure.sites[name].event_shape)
-    wide = value.expand(n, *value.shape).clone()
-    if rest is not None:
-        flat = wide.flatten(wide.ndim - event)
-        flat[value.isnan().expand_as(wide).flatten(wide.ndim - event)] = rest.to(value).reshape(-1)
-        wide = flat.reshape(wide.shape)
-    return wide
+    if rest is None:
+        return value.expand(n, *value.shape)
+    return whole(value, rest, len(structure.sites[name].event_shape))

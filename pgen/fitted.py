@@ -16,7 +16,9 @@ from torch import Tensor
 from pgen import saving
 from pgen.calling import name_of, signature_of
 from pgen.capability import Capability, Estimate, Offer, Query, Refusal
+from pgen.choice import conversions_of
 from pgen.completion import completed, lacking
+from pgen.conversion import Adapter
 from pgen.draws import Draws
 from pgen.errors import DataError, Dishonest, OptionError, Unanswerable
 from pgen.handlers import Keep
@@ -199,6 +201,20 @@ class Fitted:
                 f"backend {self.backend.name!r} does not draw what is missing in part of {structure.name}{why}; give the values "
                 "whole, or fit fitted.program by 'mcmc'"
             )
+        lacks = [s for s in structure.latents if s in problem.missing]
+        adapters, drawn = dict(problem.adapters), set[str]()
+        for name in lacks:  # another law than that of whole values, with a path of its own
+            way = conversions_of(structure, self.backend, name, found.paths.get(name, ()))
+            before = adapters.get(name)
+            adapters[name] = Adapter(way, before.memories if isinstance(before, Adapter) else {})
+            if any(c.gives in (Capability.SAMPLE, Capability.RSAMPLE) for c in way):
+                drawn.add(name)
+        problem = replace(
+            problem,
+            adapters=adapters,
+            learners={s: learner for s, learner in problem.learners.items() if s not in lacks},
+            undrawable=problem.undrawable - drawn,
+        )
         return self._drawn(problem, structure, n)
 
     def _drawn(self, problem: Problem, structure: Structure, n: int) -> Draws:
@@ -359,8 +375,7 @@ class Fitted:
             names = frozenset(lacking(self.structure, asked.observations))
             own = {k: v for k, v in asked.adapters.items() if k not in names}
             structure, problem = inspect_problem(replace(asked, completing=True, adapters=own))
-            drawn = problem.undrawable - asked.adapters.keys()
-            problem = replace(problem, adapters=asked.adapters, undrawable=drawn)
+            problem = replace(problem, adapters=asked.adapters)
         else:
             structure, problem = inspect_problem(asked)
         return problem, replace(structure, conversions=self.structure.conversions)

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from pgen.capability import Offer
-from pgen.choice import Explanation, choose, examine, refusal_text
-from pgen.conversion import Adapter, Conversion, Conversions
+from pgen.choice import Explanation, choose, conversions_of, examine, refusal_text
+from pgen.conversion import Adapter, Conversions
 from pgen.errors import OptionError, Refused
 from pgen.fitted import Fitted
 from pgen.inspection import inspect_problem
@@ -124,22 +124,13 @@ def _warn_of_doubts(fitted: Fitted, answers: Any) -> None:
 
 def _adapted(problem: Problem, structure: Structure, backend: Backend, offer: Offer) -> Problem:
     """The problem, its sites converted as the offer says: in one way to be learned, in another to be asked about."""
-    via: Mapping[str, Any] = getattr(backend, "via", None) or {}
-
-    def conversions(site: str, path: tuple[str, ...]) -> tuple[Conversion, ...]:
-        ways = via.get(site, ())
-        own = [
-            structure.conversions.named(way) for way in (ways if isinstance(ways, (tuple, list)) else (ways,))
-        ]
-        return tuple({c.name: c for c in own}.get(name) or structure.conversions.named(name) for name in path)
-
     torch.manual_seed(0)
-    learned = {site: conversions(site, path) for site, path in offer.learning.items()}
+    learned = {site: conversions_of(structure, backend, site, path) for site, path in offer.learning.items()}
     learners = learners_of(problem, structure, learned)
     adapters = {}
     for site, path in offer.paths.items():
         kept = learners[site].memories if site in learners else {}
-        adapters[site] = Adapter(conversions(site, path), kept)
+        adapters[site] = Adapter(conversions_of(structure, backend, site, path), kept)
     return replace(problem, adapters=adapters, learners=learners)
 
 

@@ -44,6 +44,7 @@ class Observe(Messenger):
         """Keep the values."""
         super().__init__()
         self.completing = completing
+        self._parts: dict[str, tuple[Tensor, int]] = {}
         self.values = values
         self.missing = missing
         self.fallback = fallback or {}
@@ -59,14 +60,40 @@ class Observe(Messenger):
         else:
             return
         if self.completing and name in self.missing and missing_in_part(value, len(msg["fn"].event_shape)):
-            given = getattr(msg["fn"], "given", None)
+            given, event_dim = getattr(msg["fn"], "given", None), len(msg["fn"].event_shape)
             if given is not None:
+                self._parts[name] = (value, event_dim)
                 msg["fn"], msg["value"], msg["is_observed"] = given(value), None, False
                 return
         if name in self.missing:
             msg["fn"], value = without_missing(name, msg["fn"], value)
         msg["value"] = value
         msg["is_observed"] = True
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if (
+            msg["name"] in self._parts
+        ):  # recorded already as what it is, the rest: the program goes on with the whole
+            value, event_dim = self._parts[msg["name"]]
+            msg["value"] = whole(value, msg["value"], event_dim)
+
+
+def whole(value: Tensor, rest: Tensor, event_dim: int) -> Tensor:
+    """A value whose missing numbers are filled in, the same in all rows.
+
+    Args:
+        value: `[*batch, *event]`, with NaN.
+        rest: what is missing, `[..., *batch, missing]`.
+        event_dim: number of dimensions of an event.
+
+    >>> whole(torch.tensor([[1.0, torch.nan, 3.0]]), torch.tensor([[2.0]]), 1)
+    tensor([[1., 2., 3.]])
+    """
+    flat = value.flatten(value.ndim - event_dim)
+    gone = flat.reshape(-1, flat.shape[-1])[0].isnan().nonzero()[:, 0]
+    lead = torch.broadcast_shapes(flat.shape[:-1], rest.shape[:-1])
+    filled = flat.expand(*lead, flat.shape[-1]).index_copy(-1, gone, rest.to(value).expand(*lead, len(gone)))
+    return filled.reshape(*lead, *value.shape[value.ndim - event_dim :])
 
 
 def missing_in_part(value: Tensor, event_dim: int) -> bool:

@@ -18,6 +18,7 @@ from pgen.distributions.energy_learning import learned_by
 from pgen.fitting import Doubtful
 from pgen.nn import RBM
 from pgen.testing.statistics import StatisticalFailure, assert_estimate, assert_frequencies, assert_mean
+from pgen.zoo import JointEnergy
 
 torch.manual_seed(0)
 DATA = {"x": 1.0 + 0.5 * torch.randn(2000, 1, generator=torch.Generator().manual_seed(7))}
@@ -405,3 +406,41 @@ def test_evidence_by_chains_takes_the_constants_off():
     assert_estimate(found.value, truth, found.stderr, rounding=1e-3)
     with pytest.raises(StatisticalFailure):
         assert_estimate(found.value + math.log(2 * math.pi / 3), truth, found.stderr, rounding=1e-3)
+
+
+def test_what_is_missing_begins_where_learning_left_chains_and_labels_follow_it():
+    """Two clusters at -4 and 4, in both numbers; the label says which. The rest of a value is in the same cluster, where chance is 1/2."""
+    g = torch.Generator().manual_seed(0)
+    y = torch.randint(2, (600,), generator=g)
+    x = (8.0 * y[:, None] - 4) / 4 + 0.25 * torch.randn(600, 2, generator=g)
+    run = pgen.Run(steps=300, lr=3e-3, batch_size=200, progress=False)
+    fitted = pgen.fit(JointEnergy(2, 2, (32,)), {"x": x, "y": y}, "exact", run=run)
+    lacking = torch.tensor([[1.0, math.nan], [-1.0, math.nan]])
+    drawn = fitted.posterior({"x": lacking}, 200, seed=0)
+    assert float((drawn["x"][:, 0, 1] > 0).double().mean()) > 0.85
+    assert float((drawn["x"][:, 1, 1] < 0).double().mean()) > 0.85
+    assert float((drawn["y"] == torch.tensor([1, 0])).double().mean()) > 0.85
+    known = pgen.fit(fitted.program, {"y": torch.tensor([1, 0])}, "mcmc", run=pgen.Run(progress=False))
+    other = torch.tensor([[math.nan, 1.0], [math.nan, -1.0]])
+    drawn = known.posterior({"x": other, "y": torch.tensor([1, 0])}, 200, seed=0)["x"]
+    assert float((drawn[:, 0, 0] > 0).double().mean()) > 0.85
+    assert float((drawn[:, 1, 0] < 0).double().mean()) > 0.85
+
+
+def test_what_a_machine_of_bits_lacks_is_summed_over():
+    machine = RBM(6, 3)
+    with torch.no_grad():
+        machine.weight.copy_(torch.randn(machine.weight.shape, generator=torch.Generator().manual_seed(0)))
+
+    def program(n):
+        with pyro.plate("data", n):
+            pyro.sample("x", Energy(machine.requires_grad_(False), (6,), support=constraints.boolean))
+
+    x = torch.tensor([[1.0, 0.0, 1.0, 1.0, math.nan, math.nan]])
+    drawn = pgen.fit(program, None, "exact").posterior({"x": x}, 4000, seed=0)["x"][:, 0]
+    ends = torch.cartesian_prod(torch.arange(2.0), torch.arange(2.0))
+    with torch.no_grad():
+        expected = (-machine(torch.cat([x[:, :4].expand(4, 4), ends], 1))).softmax(0)
+    assert_frequencies((2 * drawn[:, 4] + drawn[:, 5]).long(), expected)
+    with pytest.raises(StatisticalFailure):
+        assert_frequencies((2 * drawn[:, 5] + drawn[:, 4]).long(), expected)
