@@ -34,6 +34,7 @@ from pgen.algorithms.energy.space import Space
 
 NARROWEST, WIDEST = 0.01, 0.3
 """Bounds of the noise, in standard deviations of the data."""
+_NOTHING = 80.0  # nats below the largest weight
 _LOG_ROOT = math.log(2 * math.pi) / 2
 
 
@@ -254,15 +255,24 @@ def one_law(conditional: bool) -> None:
 
 
 def truncated(log_weight: Tensor, greatest: float) -> Tensor:
-    """Weights `[n]` of sum 1, none of which was above so many times their mean before they were scaled again.
+    """Weights `[n]` of sum 1, the largest of them cut to a level at which none is above so many times the mean.
 
-    >>> truncated(torch.tensor([0.0, 0.0, 1.0]), 1.5)
-    tensor([0.2294, 0.2294, 0.5412])
-    >>> truncated(torch.zeros(4), 1.5)
+    The level is one of the weights, the highest that will do; so at least n / `greatest` draws count, however far apart weights
+    are. (To cut first and scale after would leave one draw that stands out as it was.)
+
+    >>> truncated(torch.tensor([0.0, 0.0, 0.0, 100.0]), 2.0)
     tensor([0.2500, 0.2500, 0.2500, 0.2500])
+    >>> truncated(torch.tensor([0.0, 0.0, 0.0, 1.0]).log1p(), 2.0)
+    tensor([0.2000, 0.2000, 0.2000, 0.4000])
     """
-    weight = log_weight.nan_to_num(nan=-torch.inf).softmax(0).clamp(max=greatest / len(log_weight))
-    return weight / weight.sum()
+    n = len(log_weight)
+    log = log_weight.nan_to_num(nan=-torch.inf)
+    log = (log - log.amax()).clamp(min=-_NOTHING)
+    levels = log.sort().values
+    above = torch.arange(n - 1, -1, -1, dtype=log.dtype, device=log.device)
+    total = torch.logaddexp(levels.logcumsumexp(0), levels + above.log())  # were all weights above cut to this one
+    allowed = levels - total <= math.log(greatest / n) + 1e-5
+    return log.clamp(max=torch.where(allowed, levels, -_NOTHING).amax()).softmax(0)
 
 
 def _apart(a: Tensor, b: Tensor) -> Tensor:
