@@ -125,7 +125,10 @@ def main() -> None:
     )
     for name in options.targets:
         for way in options.ways:
-            found = [learn(name, way, s, run, options.rows) for s in range(options.first, options.first + options.seeds)]
+            found = [
+                learn(name, way, s, run, options.rows)
+                for s in range(options.first, options.first + options.seeds)
+            ]
             kls = torch.tensor([kl for kl, _, _ in found])
             quick = until_enough(name, way, options.first, run, options.rows) if options.time else None
             table.add_row(

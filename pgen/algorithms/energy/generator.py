@@ -270,7 +270,9 @@ def truncated(log_weight: Tensor, greatest: float) -> Tensor:
     log = (log - log.amax()).clamp(min=-_NOTHING)
     levels = log.sort().values
     above = torch.arange(n - 1, -1, -1, dtype=log.dtype, device=log.device)
-    total = torch.logaddexp(levels.logcumsumexp(0), levels + above.log())  # were all weights above cut to this one
+    total = torch.logaddexp(
+        levels.logcumsumexp(0), levels + above.log()
+    )  # were all weights above cut to this one
     allowed = levels - total <= math.log(greatest / n) + 1e-5
     return log.clamp(max=torch.where(allowed, levels, -_NOTHING).amax()).softmax(0)
 
