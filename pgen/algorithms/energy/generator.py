@@ -201,6 +201,10 @@ class Generator(nn.Module):
         """
         return self._density(self._candidates(drawn, around, anywhere)[2], drawn.u)
 
+    def inferred(self, drawn: Drawn) -> Drawn:
+        """Coordinates with latents that are nearer to those they may be made of: one step of Gauss and Newton."""
+        return Drawn(self._posterior(drawn)[0], drawn.u)
+
     def _density(self, log_weight: Tensor, u: Tensor) -> Tensor:
         return log_weight.logsumexp(1) - u.shape[1] * (self.sigma.log() + _LOG_ROOT)
 
