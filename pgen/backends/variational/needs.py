@@ -54,9 +54,9 @@ def needs(
         simulated: whether the guide is trained on simulations.
         valued: whether the objective weighs draws by log probabilities, not only by their gradients.
     """
-    unfit = learned_factor(structure) or undrawable(structure, via)
-    if unfit is not None:
-        return unfit
+    for refusal in (learned_factor(structure), undrawable(structure, via)):
+        if refusal is not None:
+            return refusal
     paths = answering(structure, via)
     if isinstance(paths, Refusal):
         return paths
