@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from numbers import Integral
 from typing import Any
 
@@ -17,7 +16,7 @@ from pgen import saving
 from pgen.calling import name_of, signature_of
 from pgen.capability import Capability, Estimate, Offer, Query, Refusal
 from pgen.choice import conversions_of
-from pgen.completion import completed, lacking
+from pgen.completion import completed, evidence, lacking
 from pgen.conversion import Adapter
 from pgen.draws import Draws
 from pgen.errors import DataError, Dishonest, OptionError, Unanswerable
@@ -149,16 +148,26 @@ class Fitted:
         """Marginal log probability of data, with how exact it is; of the fitted data if none is given.
 
         Sites that the data leaves out are integrated over. One value per row, shape [rows]; a single one, shape [1],
-        where a latent site outside the data plate ties the rows together, or where there are no rows.
+        where a latent site outside the data plate ties the rows together, or where there are no rows. So are numbers that
+        are missing (NaN) in a value: element by element, or, where these depend on each other, by the conditionals of a law
+        that knows them, as an energy does.
 
         Raises:
             Unanswerable: the offer does not include it.
             DataError: the data does not meet the program.
         """
         self._offered(Query.LOG_PROB)
+        if isinstance(data, Mapping) and lacking(self.structure, data):
+            with self._isolated(seed):
+                seen = {} if self.problem.source else self.problem.observations
+                return evidence(
+                    self.structure, data, self._asked, self._log_prob, self._log_prob_of_rest, seen
+                )
         with self._isolated(seed):
-            problem, structure = self._asked(data)
-            estimate = self.with_error(self._answers.log_prob(problem, structure), problem, structure)
+            return self._log_prob(*self._asked(data))
+
+    def _log_prob(self, problem: Problem, structure: Structure) -> Estimate:
+        estimate = self.with_error(self._answers.log_prob(problem, structure), problem, structure)
         offered = self.offer.answers[Query.LOG_PROB]
         if not isinstance(estimate, Estimate):
             raise Dishonest(
@@ -176,6 +185,10 @@ class Fitted:
             )
         return estimate
 
+    def _log_prob_of_rest(self, problem: Problem, structure: Structure) -> Estimate:
+        """Where what is missing in part is observed at some value, given what is not."""
+        return self._log_prob(*self._by_own_paths(problem, structure, Query.LOG_PROB))
+
     def posterior(self, data: Data = None, n: int = 1000, *, seed: int | None = None) -> Draws:
         """`n` joint draws of every unobserved site given data, each [n, ...]; given the fitted data if none is given.
 
@@ -185,7 +198,7 @@ class Fitted:
         n = _count("n", n)
         if isinstance(data, Mapping) and lacking(self.structure, data):
             with self._isolated(seed):
-                return completed(self.structure, data, n, partial(self._asked, completing=True), self._rest)
+                return completed(self.structure, data, n, self._asked, self._rest)
         self._offered(Query.POSTERIOR)
         with self._isolated(seed):
             return self._drawn(*self._asked(data), n)
@@ -194,16 +207,26 @@ class Fitted:
         """Draws where what is missing in part is latent: the backend is asked whether it can."""
         if not structure.latents:
             return Draws({})
+        return self._drawn(*self._by_own_paths(problem, structure, Query.POSTERIOR), n)
+
+    def _by_own_paths(
+        self, problem: Problem, structure: Structure, query: Query
+    ) -> tuple[Problem, Structure]:
+        """A problem in which what is missing in part of values is a site: another law than theirs, with conversions of its own.
+
+        Raises:
+            Unanswerable: the backend can't do it.
+        """
         found = self.backend.examine(structure)
-        if isinstance(found, Refusal) or Query.POSTERIOR not in found.answers:
+        if isinstance(found, Refusal) or query not in found.answers:
             why = f": {found.why}" if isinstance(found, Refusal) else ""
             raise Unanswerable(
-                f"backend {self.backend.name!r} does not draw what is missing in part of {structure.name}{why}; give the values "
-                "whole, or fit fitted.program by 'mcmc'"
+                f"backend {self.backend.name!r} does not answer {query.value} for what is missing in part of {structure.name}"
+                f"{why}; give the values whole, or fit fitted.program by 'mcmc'"
             )
-        lacks = [s for s in structure.latents if s in problem.missing]
+        lacks = [s for s in structure.sites if s in lacking(self.structure, problem.observations)]
         adapters, drawn = dict(problem.adapters), set[str]()
-        for name in lacks:  # another law than that of whole values, with a path of its own
+        for name in lacks:
             way = conversions_of(structure, self.backend, name, found.paths.get(name, ()))
             before = adapters.get(name)
             adapters[name] = Adapter(way, before.memories if isinstance(before, Adapter) else {})
@@ -215,7 +238,7 @@ class Fitted:
             learners={s: learner for s, learner in problem.learners.items() if s not in lacks},
             undrawable=problem.undrawable - drawn,
         )
-        return self._drawn(problem, structure, n)
+        return problem, structure
 
     def _drawn(self, problem: Problem, structure: Structure, n: int) -> Draws:
         drawn = self._answers.posterior(problem, structure, n)
@@ -351,7 +374,7 @@ class Fitted:
                 f"pgen.explain(program, data) shows who does"
             )
 
-    def _asked(self, data: Data, completing: bool = False) -> tuple[Problem, Structure]:
+    def _asked(self, data: Data, completing: Mapping[str, Tensor] | None = None) -> tuple[Problem, Structure]:
         if data is None:
             if not self._complete:
                 raise OptionError(
@@ -371,10 +394,12 @@ class Fitted:
             data = {**kept, **data}
         asked = self.problem.with_data(data)
         asked = asked.to(self.problem.device, torch.float64 if self._precision == "float64" else None)
-        if completing:  # looked at without conversions, which would run chains only to be looked at
+        if (
+            completing is not None
+        ):  # looked at without conversions, which would run chains only to be looked at
             names = frozenset(lacking(self.structure, asked.observations))
             own = {k: v for k, v in asked.adapters.items() if k not in names}
-            structure, problem = inspect_problem(replace(asked, completing=True, adapters=own))
+            structure, problem = inspect_problem(replace(asked, completing=completing, adapters=own))
             problem = replace(problem, adapters=asked.adapters)
         else:
             structure, problem = inspect_problem(asked)

@@ -30,8 +30,8 @@ class Observe(Messenger):
     """Observe values at sites by name; those named in `missing` hold NaN, which is integrated out element by element.
 
     `fallback` holds values that are used only where the program leaves the site of that name unobserved. With `completing`,
-    a value that is missing in part at a law that knows its own conditionals (`given`) leaves a latent in its place: what is
-    missing, given the rest.
+    a value that is missing in part at a law that knows its own conditionals (`given`) leaves another site in its place: what
+    is missing, given the rest; observed at the value that `completing` has for it, a latent where it has none.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Observe(Messenger):
         values: Mapping[str, Tensor],
         missing: Collection[str] = (),
         fallback: Mapping[str, Tensor] | None = None,
-        completing: bool = False,
+        completing: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Keep the values."""
         super().__init__()
@@ -59,11 +59,12 @@ class Observe(Messenger):
             value = self.fallback[name]
         else:
             return
-        if self.completing and name in self.missing and missing_in_part(value, len(msg["fn"].event_shape)):
-            given, event_dim = getattr(msg["fn"], "given", None), len(msg["fn"].event_shape)
+        event_dim = len(msg["fn"].event_shape)
+        if self.completing is not None and name in self.missing and missing_in_part(value, event_dim):
+            given, rest = getattr(msg["fn"], "given", None), self.completing.get(name)
             if given is not None:
                 self._parts[name] = (value, event_dim)
-                msg["fn"], msg["value"], msg["is_observed"] = given(value), None, False
+                msg["fn"], msg["value"], msg["is_observed"] = given(value), rest, rest is not None
                 return
         if name in self.missing:
             msg["fn"], value = without_missing(name, msg["fn"], value)
@@ -132,7 +133,7 @@ def without_missing(name: str, fn: Any, value: Tensor) -> tuple[Any, Tensor]:
             present, value, 0.0
         ).expand(shape)
     there = present.flatten(-event).any(-1) if event else present
-    inside = _value_inside(base, value)
+    inside = value_inside(base, value)
     filled = torch.where(there.reshape(there.shape + (1,) * event), value, inside)
     return base.expand(batch).mask(there.expand(batch)).to_event(dims), filled.expand(shape)
 
@@ -145,7 +146,7 @@ def _gaussian_of(fn: Any, present: Tensor) -> dist.MultivariateNormal:
     return dist.MultivariateNormal(torch.where(present, fn.loc, 0.0), covariance)
 
 
-def _value_inside(fn: Any, like: Tensor) -> Tensor:
+def value_inside(fn: Any, like: Tensor) -> Tensor:
     """Some value of the support of a law: a number, or an event."""
     try:
         inside = torch.distributions.biject_to(fn.support)

@@ -167,8 +167,8 @@ def _inspect(problem: Problem, follow: bool) -> _Inspected:
             f"its arguments: {', '.join(from_data + _open_arguments(problem)) or 'none'}; its sites: {', '.join(watch.sites) or 'none'}{wrapped}"
         )
     for name in problem.missing:
-        if name in watch.sites and not watch.sites[name].observed:
-            continue  # what is missing is a latent, and the value is whole
+        if name in watch.sites and (not watch.sites[name].observed or name in (problem.completing or {})):
+            continue  # what is missing is a site of its own, and the value is whole
         children = [s.name for s in watch.sites.values() if name in s.parents]
         if children:
             raise DataError(

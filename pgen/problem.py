@@ -58,7 +58,7 @@ class Problem:
     )  # site -> how its law is converted
     undrawable: frozenset[str] = frozenset()  # latents without a way to draw them, given some value instead
     learners: Mapping[str, Any] = field(default_factory=dict)
-    completing: bool = False  # what is missing in part of a value is a latent, where its law knows how
+    completing: Mapping[str, Tensor] | None = None  # what is missing in part is a site (see `Observe`)
     source: _Rows | None = None  # a map-style dataset whose rows are read by `take`
     suggested_batch: int | None = None
 
@@ -211,7 +211,10 @@ class Problem:
             return self
         pick = {k: v[index.to(v.device)] if v.ndim else v for k, v in self.inputs.items()}
         seen = {k: v[index.to(v.device)] if v.ndim else v for k, v in self.observations.items()}
-        return self._but(inputs=pick, observations=seen, rows=index.numel(), size=index.numel())
+        rest = self.completing and {k: v[index.to(v.device)] for k, v in self.completing.items()}
+        return self._but(
+            inputs=pick, observations=seen, completing=rest, rows=index.numel(), size=index.numel()
+        )
 
     def _but(self, **changes: Any) -> Problem:
         """`dataclasses.replace`, ten times as fast: it is called at every step of a run."""
@@ -241,11 +244,20 @@ class Problem:
         """The data, and tensors among the arguments, moved to a device; those of floating-point numbers cast to a dtype."""
         inputs = {k: _moved(v, device, dtype) for k, v in self.inputs.items()}
         seen = {k: _moved(v, device, dtype) for k, v in self.observations.items()}
+        rest = self.completing and {k: _moved(v, device, dtype) for k, v in self.completing.items()}
         source = self.source
         if source is not None:
             source = replace(source, device=device or source.device, dtype=dtype or source.dtype)
         args, kwargs = tree_map(partial(_moved, device=device, dtype=dtype), (self.args, dict(self.kwargs)))
-        return replace(self, inputs=inputs, observations=seen, args=args, kwargs=kwargs, source=source)
+        return replace(
+            self,
+            inputs=inputs,
+            observations=seen,
+            completing=rest,
+            args=args,
+            kwargs=kwargs,
+            source=source,
+        )
 
     @property
     def device(self) -> torch.device:

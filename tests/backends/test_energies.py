@@ -366,8 +366,78 @@ def test_what_is_missing_in_part_is_drawn_given_the_rest():
         assert_mean(rest, mean, std=sd, alpha=1e-5)
         with pytest.raises(StatisticalFailure):
             assert_mean(rest, torch.zeros(2), std=sd, alpha=1e-5)
-    with pytest.raises(pgen.errors.DataError, match="missing in part"):
-        fitted.log_prob({"x": x})
+
+
+def marginals_of(x):
+    """Log densities of what is there, by row."""
+    covariance, found = torch.linalg.inv(PRECISION), []
+    for row in x:
+        there = (~row.isnan()).nonzero()[:, 0]
+        law = dist.MultivariateNormal(torch.zeros(len(there)), covariance[there][:, there])
+        found.append(law.log_prob(row[there]))
+    return torch.stack(found)
+
+
+def test_the_log_probability_of_what_is_known_integrates_the_rest():
+    nan = math.nan
+    x = torch.tensor([[1.0, nan, nan], [nan, 2.0, nan], [1.0, 2.0, 3.0], [-0.5, nan, nan], [nan, 0.3, -1.0]])
+    found = pgen.fit(correlated, None, "exact").log_prob({"x": x}, seed=0)
+    assert (found.kind, found.measure, found.dims) == ("estimate", "density", None)
+    assert_estimate(found.value, marginals_of(x), found.stderr, rounding=1e-3)
+    filled = torch.where(x.isnan(), x.nanmedian(0).values, x)
+    with pytest.raises(StatisticalFailure):  # the rest at its medians, not integrated
+        assert_estimate(found.value, marginals_of(filled), found.stderr, rounding=1e-3)
+    torch.testing.assert_close(found.stderr, found.shared.expand(5))  # the rest is integrated, not estimated
+
+
+def test_a_value_without_rows_can_be_missing_in_part():
+    def program():
+        pyro.sample("x", Energy(lambda x: ((x @ PRECISION) * x).sum(-1) / 2, (3,)))
+
+    x = torch.tensor([math.nan, 0.7, math.nan])
+    fitted = pgen.fit(program, None, "exact")
+    found = fitted.log_prob({"x": x}, seed=0)
+    assert found.dims == 1
+    assert_estimate(found.value, marginals_of(x[None]), found.stderr, rounding=1e-3)
+    drawn = fitted.posterior({"x": x}, 1000, seed=0)["x"]
+    mean, sd = conditional_of(1, 0.7)
+    assert_mean(drawn[:, ::2], mean, std=sd, alpha=1e-5)
+
+
+def test_what_is_known_of_bits_has_a_probability():
+    """A machine of five bits above two: sums over all values of what is missing."""
+    machine = RBM(5, 2)
+    with torch.no_grad():
+        machine.weight.normal_(generator=torch.Generator().manual_seed(0))
+
+    def program(n):
+        with pyro.plate("data", n):
+            pyro.sample("x", Energy(machine.requires_grad_(False), (5,), support=constraints.boolean))
+
+    fitted = pgen.fit(program, None, "exact")
+    every = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 5)
+    p = fitted.log_prob({"x": every}).value.exp()
+    nan = math.nan
+    x = torch.tensor([[1.0, nan, 0.0, nan, 1.0], [nan, nan, nan, 1.0, nan], [0.0, 0.0, nan, 1.0, 1.0]])
+    found = fitted.log_prob({"x": x})
+    truth = torch.stack([p[((every == row) | row.isnan()).all(1)].sum() for row in x])
+    assert (found.kind, found.measure, found.stderr) == ("exact", "mass", None)
+    torch.testing.assert_close(found.value.exp(), truth, rtol=1e-4, atol=1e-6)
+    alike = fitted.log_prob({"x": torch.tensor([[nan, 1.0, 1.0, 1.0, 1.0], [nan, 0.0, 0.0, 0.0, 0.0]])})
+    assert alike.dims == 4
+
+
+def test_what_depends_on_a_value_that_is_missing_in_part_is_left_out():
+    fitted = pgen.fit(
+        JointEnergy(2, 2, (8,)),
+        {"x": torch.randn(50, 2), "y": torch.arange(50) % 2},
+        "exact",
+        run=pgen.Run(steps=0),
+    )
+    lacking = torch.tensor([[1.0, math.nan]])
+    with pytest.raises(pgen.errors.DataError, match="y depends on it.*leave y out"):
+        fitted.log_prob({"x": lacking, "y": torch.tensor([1])})
+    assert bool(fitted.log_prob({"x": lacking}).value.isfinite().all())
 
 
 def test_what_is_missing_in_part_is_moved_by_mcmc_beside_latents():
