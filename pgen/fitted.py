@@ -33,6 +33,7 @@ from pgen.problem import Data, Problem
 from pgen.protocols import Answers, Backend
 from pgen.structure import Structure
 from pgen.summary import Summary
+from pgen.waiting import waiting
 
 _REPEATS = 256  # of a log probability that random numbers go into, whose error nobody has told
 _WEIGHED = frozenset({Capability.LOG_PROB, Capability.LOG_DENSITY, Capability.BOUND})
@@ -66,6 +67,7 @@ class Fitted:
         answers: Answers,
         seed: int,
         precision: str | None = None,
+        progress: bool | None = None,
     ) -> None:
         """Made by `pgen.fit` and `pgen.load`."""
         self.problem = problem
@@ -75,6 +77,7 @@ class Fitted:
         self.seed = seed
         self._answers = answers
         self._precision = precision
+        self._progress = progress
         self._complete = True
 
     @property
@@ -344,7 +347,7 @@ class Fitted:
 
     @contextmanager
     def _isolated(self, seed: int | None) -> Iterator[None]:
-        with isolated(seed_or_fresh(seed), self._precision), torch.no_grad():
+        with isolated(seed_or_fresh(seed), self._precision), torch.no_grad(), waiting(self._progress):
             yield
 
     def with_error(self, first: Any, problem: Problem, structure: Structure) -> Any:

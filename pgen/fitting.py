@@ -85,7 +85,7 @@ def fit(
         _require_comparable(problem, run)
         torch.manual_seed(seed)
         answers = chosen.fit(problem, structure, replace(run, seed=seed))
-    fitted = Fitted(problem, structure, chosen, offer, answers, seed, run.precision)
+    fitted = Fitted(problem, structure, chosen, offer, answers, seed, run.precision, run.progress)
     _warn_of_doubts(fitted, answers)
     return fitted
 

@@ -64,7 +64,7 @@ class Run:
         checkpoint_every: steps between checkpoints in `directory`, from which the same fit goes on as if it
             had not been interrupted: to the bit, on the same machine with the same number of threads.
         directory: where checkpoints go.
-        progress: whether to draw a progress bar. None: if standard error is a terminal.
+        progress: whether to draw a progress bar, and one for queries that take long. None: if standard error is a terminal.
         observers: what else follows the run; see `pgen.observers`.
         seed: with the other options, determines every number.
         devices: several to compute on at the same time, for backends that can (`mcmc`: a group of chains on each): a

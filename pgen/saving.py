@@ -125,7 +125,7 @@ def restored(
         )
     fitted._answers.load(learned)
     fitted._answers.history = history
-    fitted._complete = complete
+    fitted._complete, fitted._progress = complete, None
     return fitted
 
 

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from pgen.algorithms.kernels.base import Kernel, Tuning
 from pgen.algorithms.path import Cloud, Frames, Ladder, Path, Recorder, Walk, as_written, root
+from pgen.algorithms.progress import followed
 
 
 class Evidence(NamedTuple):
@@ -118,7 +119,7 @@ class AnnealedImportance:
         cloud = path.evaluate(_sampler(path)(chains))
         log_weight = torch.zeros_like(cloud.ratio)
         accepts = list[Tensor]()
-        for t in range(1, len(ladder.beta)):
+        for t in followed(range(1, len(ladder.beta)), "annealing up"):
             log_weight = log_weight + (ladder.beta[t] - ladder.beta[t - 1]) * cloud.ratio
             cloud, _, accept = walk(cloud, ladder.beta[t], ladder.tuned(t))
             accepts.append(accept)
@@ -135,7 +136,7 @@ class AnnealedImportance:
         cloud = path.evaluate(position)
         log_weight = torch.zeros_like(cloud.ratio)
         accepts = list[Tensor]()
-        for t in range(len(ladder.beta) - 1, 0, -1):
+        for t in followed(range(len(ladder.beta) - 1, 0, -1), "annealing down"):
             cloud, _, accept = walk(cloud, ladder.beta[t], ladder.tuned(t))
             log_weight = log_weight + (ladder.beta[t] - ladder.beta[t - 1]) * cloud.ratio
             accepts.append(accept)

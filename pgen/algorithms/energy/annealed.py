@@ -31,6 +31,7 @@ from pgen.algorithms.annealing import Annealed, next_beta, systematic
 from pgen.algorithms.energy.partition import Partition, partition_of
 from pgen.algorithms.energy.route import Route
 from pgen.algorithms.path import Recorder
+from pgen.algorithms.progress import followed
 from pgen.algorithms.record import record
 
 
@@ -212,7 +213,7 @@ class Annealing:
         step = recorder(partial(_down, route))
         x, accepts = draws.detach(), list[Tensor]()
         log_weight = torch.zeros(len(x), dtype=torch.float64, device=x.device) + _start(route, 1)[1]
-        for t in range(len(ladder.beta) - 1, 0, -1):
+        for t in followed(range(len(ladder.beta) - 1, 0, -1), "annealing down"):
             x, gain, accept = step(x, ladder.beta[t - 1], ladder.beta[t], ladder.step_size[t - 1])
             log_weight = log_weight + gain
             accepts.append(accept)
@@ -221,7 +222,7 @@ class Annealing:
     def _rise(self, route: Route, step: Callable[..., Any], ladder: Rungs, chains: int) -> Annealed:
         x, log_z = _start(route, chains)
         log_weight, accepts = log_z.expand(chains), list[Tensor]()
-        for t in range(1, len(ladder.beta)):
+        for t in followed(range(1, len(ladder.beta)), "annealing up"):
             x, gain, accept = step(x, ladder.beta[t - 1], ladder.beta[t], ladder.step_size[t - 1])
             log_weight = log_weight + gain
             accepts.append(accept)

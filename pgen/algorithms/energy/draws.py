@@ -28,6 +28,7 @@ from pgen.algorithms.kernels.hmc import HMC
 from pgen.algorithms.kernels.langevin import ULA
 from pgen.algorithms.kernels.nuts import NUTS
 from pgen.algorithms.kernels.walk import RandomWalk
+from pgen.algorithms.progress import followed
 
 _FITS = 5  # of the reference law during warm-up
 _SELDOM = 0.002  # of chains that leap in a call
@@ -108,7 +109,7 @@ class LongRun:
         call: Any = None
         scale = start.new_ones(())
         with torch.no_grad():
-            for i in range(0, self.warmup, block):
+            for i in followed(range(0, self.warmup, block), "warming chains up"):
                 call, scale = self._call(call, f, x, space, walk, reference, leaps)
                 leapt = torch.zeros_like(log_step[0])
                 for _ in range(min(block, self.warmup - i)):
@@ -122,7 +123,7 @@ class LongRun:
             kept = [x]
             if n > len(x):
                 call, scale = self._call(call, f, x, space, walk, reference, leaps)
-            while sum(map(len, kept)) < n:
+            for _ in followed(range(1, math.ceil(n / len(x))), "drawing by chains"):
                 for _ in range(self.thin):
                     x, _, _ = call(x, log_step.exp(), scale)
                 kept.append(x)

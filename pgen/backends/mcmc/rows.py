@@ -19,6 +19,7 @@ from pgen.algorithms.annealing_rows import TemperedRows
 from pgen.algorithms.kernels.base import LogDensity
 from pgen.algorithms.kernels.hmc import HMC
 from pgen.algorithms.path import Path, gaussian
+from pgen.algorithms.progress import followed
 from pgen.algorithms.record import Recorded, Unrecordable
 from pgen.capability import Capability, Estimate, Exactness
 from pgen.density import Density
@@ -68,7 +69,7 @@ def evidence_by_row(
     except (Unrecordable, RuntimeError):  # what the program does depends on values
         targets = apart(problem, structure, finite, lift)
     values, errors = list[Tensor](), list[Tensor]()
-    for start in range(0, count, size):
+    for start in followed(range(0, count, size), "weighing rows by particles"):
         # The last rows are made up to as many: one recording serves all.
         index = [min(row, count - 1) for row in range(start, start + size)]
         likely = prior(problem.take(torch.tensor(index, device=problem.device)), structure, density)

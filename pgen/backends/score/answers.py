@@ -14,6 +14,7 @@ from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
+from pgen.algorithms.progress import followed
 from pgen.backends.score.inference import LEVELS, Inference
 from pgen.backends.score.joint import Guided
 from pgen.backends.score.needs import most_exact
@@ -265,7 +266,7 @@ def _slices(problem: Problem, structure: Structure) -> Iterator[Problem]:
         yield problem
         return
     each = max(1, _NUMBERS // max(1, observed_scalars(problem, structure)))
-    for start in range(0, problem.rows, each):
+    for start in followed(range(0, problem.rows, each), "integrating along paths"):
         yield problem.take(torch.arange(start, min(problem.rows, start + each)))
 
 

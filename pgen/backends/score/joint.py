@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pgen.algorithms.progress import followed
 from pgen.backends.score.prior import counted, denoising_law
 from pgen.backends.score.rows import Row, by_row
 from pgen.backends.score.training import Objective
@@ -205,11 +206,11 @@ class Guided:
         """
         rows = problem.rows
         if rows is None or structure.tied or self.proposal.fixed:
-            for _ in range(n):
+            for _ in followed(range(n), "weighing draws"):
                 yield (1, problem, *self._run(problem, program))
             return
         each = max(1, _ROWS // rows)
-        for start in range(0, n, each):
+        for start in followed(range(0, n, each), "weighing draws"):
             count = min(each, n - start)
             some = problem.take(torch.arange(rows).repeat(count))
             yield (count, some, *self._run(some, program))

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from pgen.algorithms.progress import followed
 from pgen.backends.score.conditional import MATRIX, Conditional, picks
 from pgen.backends.score.evidence import Evidence, Linear
 from pgen.backends.score.inference import ELEMENTS, LEVELS, LINEAR, PARTICLES, Inference, Inferred
@@ -123,7 +124,7 @@ class _Asked:
         chosen = how
         if how.particles is None and how.kind in PARTICLES:
             chosen = replace(how, particles=self._particles(len(rows), how))
-        for index in rows.split(each):
+        for index in followed(rows.split(each), "drawing given rows"):
             prior, evidence = self._given(index)
             axes = {b.name: None if b.axis is None else b.axis + 1 for b in prior.blocks}
             linear = evidence.linear()

@@ -13,7 +13,7 @@ from torch.distributions import MultivariateNormal, constraints
 
 from pgen.algorithms.energy.amortised import Amortised
 from pgen.algorithms.energy.cooperative import Cooperative
-from pgen.algorithms.energy.generator import Drawn, Generator
+from pgen.algorithms.energy.generator import Drawn, Generator, truncated
 from pgen.algorithms.energy.space import Space
 from pgen.testing.statistics import StatisticalFailure, assert_mean
 
@@ -93,6 +93,36 @@ def test_the_entropy_has_the_gradient_of_the_closed_form():
     for broken in (-exact, W.double()):
         with pytest.raises(StatisticalFailure):
             assert_mean(found, broken, slack=0.05)
+
+
+def test_candidates_around_a_latent_are_its_posterior_where_the_network_is_straight():
+    """Then all their weights are the same, the density itself: one candidate knows it, whatever it is."""
+    torch.manual_seed(4)
+    law, covariance = linear()
+    drawn = law.draw(50)
+    exact = MultivariateNormal(torch.zeros(2).double(), covariance).log_prob(drawn.u.detach())
+    found = law.origins(drawn, 1, 0).log_prob
+    torch.testing.assert_close(found, exact, atol=1e-3, rtol=0.0)
+    law.network.weight.data.mul_(1.2)  # another law than that of the latents
+    assert float((law.origins(drawn, 1, 0).log_prob - exact).abs().max()) > 0.05
+
+
+@pytest.mark.parametrize("greatest", [1.0, 1.5, 5.0, 30.0])
+@pytest.mark.parametrize("spread", [0.0, 1.0, 10.0, 200.0])
+def test_weights_are_cut_at_a_level_and_no_further_than_they_have_to_be(greatest, spread):
+    torch.manual_seed(6)
+    log = spread * torch.randn(100).double()
+    found = truncated(log, greatest)
+    assert float(found.sum()) == pytest.approx(1.0)
+    assert float(found.max()) <= greatest / 100 * (1 + 1e-4)
+    log = (log - log.max()).clamp(min=-80)  # what is lower counts as that
+    cut = found == found.max()
+    torch.testing.assert_close(found[~cut].log().diff(), log[~cut].diff())  # in the proportions that they had
+    higher = log[cut][log[cut] > log[cut].min()]
+    if len(higher):  # than the level: the next one would have been too high
+        assert float(log.clamp(max=float(higher.min())).softmax(0).max()) > greatest / 100
+    else:
+        assert greatest > 1.0 or spread == 0.0
 
 
 class Folded(nn.Module):
