@@ -80,8 +80,8 @@ class JointEnergy(nn.Module):
     .. math:: p(x) \propto N(x; 0, w^2 I) \sum_y e^{f_y(x)}, \qquad p(y \mid x) = \frac{e^{f_y(x)}}{\sum_k e^{f_k(x)}}
 
     Sites: `x`, real vectors; `y`, their labels. Two statements: `fitted.marginals({"x": x})["y"]` classifies,
-    `fitted.log_prob({"x": x})` says what does not belong, and given labels `mcmc` draws what has them:
-    `pgen.fit(fitted.program, {"y": labels}, "mcmc")`.
+    `fitted.log_prob({"x": x})` says what does not belong, and given labels `mcmc` draws what has them, from where the chains of
+    learning are: `pgen.fit(fitted.program, {"y": labels}, pgen.backend("mcmc", init=fitted))`.
 
     Args:
         features: numbers of one row.

@@ -76,7 +76,11 @@ class Integrated:
         """
         found = groups_of(structure, latents, self.max_table)
         if isinstance(found, Refusal):
-            raise Refused(f"exact inference in {structure.name}: {refusal_text(found)}", found)
+            raise Refused(
+                f"exact inference in {structure.name}: {refusal_text(found)}. Given these data, another backend can go on with "
+                "what was learned: pgen.fit(fitted.program, data, 'mcmc')",
+                found,
+            )
         return found
 
     def log_prob(self, problem: Problem, structure: Structure) -> Estimate:

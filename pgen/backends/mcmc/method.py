@@ -87,7 +87,8 @@ class MCMC:
         max_depth: of the trees of NUTS.
         step_size: of "ula", "sgld" and "sghmc", which do not adapt it; in unconstrained units.
         init: where chains begin: `"uniform"` (so does `"auto"`, without `precondition`) on (-2, 2) in unconstrained space, `"prior"`, `"pathfinder"`, values by
-            site, or another fit of the same latents, whose posterior draws they then are.
+            site, or another fit of the same latents, whose posterior draws they then are; or one that observed them, such as the fit
+            that learned an energy: its draws, those that suit the data.
         precondition: a variational fit of the same program and data, with `guide="flow"` (or `"full-rank"`, `"low-rank"`,
             `"mean-field"`): chains move in the coordinates of its guide, where a posterior that the guide knows well is
             nearly standard normal, and begin at draws of it. Draws are exact whatever the guide; a poor one only mixes
@@ -377,7 +378,7 @@ class MCMC:
         # A reference for particles is made from many points, wherever chains would begin.
         count = max(chains, 512) if self.kernel in ("smc", "tempering") else chains
         if not isinstance(self.init, str):
-            return start.given(self.init.posterior(n=count, seed=0), count, density, dtype)
+            return start.learned(self.init, count, density, dtype)
         ways = {"uniform": start.uniform, "prior": start.prior, "pathfinder": start.pathfinder}
         usual = start.uniform if self.precondition is None else start.base
         return ways.get(self.init, usual)(target, count, density.size, density, dtype)
