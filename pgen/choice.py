@@ -188,8 +188,19 @@ def undrawable(structure: Structure, via: Mapping[str, Any]) -> Refusal | None:
 
 
 def weakest(kinds: Iterable[Exactness]) -> Exactness:
-    """The weakest promise of several; exact, if there is none."""
-    return min(kinds, key=lambda kind: kind.strength, default=Exactness.EXACT)
+    """What a number is that has parts of several kinds: exact if all are.
+
+    A bound on one part and an estimate of another make an estimate of a bound, which never passes for one of the truth.
+
+    >>> weakest([Exactness.LOWER_BOUND, Exactness.ESTIMATE]).value
+    'lower bound'
+    """
+    found = set(kinds)
+    least = min(found, key=lambda kind: kind.strength, default=Exactness.EXACT)
+    bounds = found & {Exactness.LOWER_BOUND, Exactness.UPPER_BOUND}
+    if len(bounds) == 2 and least.strength > Exactness.ESTIMATE.strength:
+        return Exactness.ESTIMATE
+    return bounds.pop() if len(bounds) == 1 and least is Exactness.ESTIMATE else least
 
 
 def conversions_of(

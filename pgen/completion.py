@@ -121,7 +121,7 @@ def evidence(
         data: with NaN where something is missing.
         ask: makes a problem and its structure.
         answer: the log probability of one whose values are whole.
-        rest: that of what is missing, given what is not; everything else counts as before.
+        rest: that of what is missing, given what is not.
         examples: values of some sites, which tell what is usual. For the identity any value will do; a usual one keeps its digits.
 
     Raises:
@@ -145,7 +145,15 @@ def evidence(
         if names:
             gone = {name: some[name].isnan() for name in names}
             values = {name: _rest(structure, name, filled[name], gone[name]) for name in names}
-            found = less(found, rest(*ask(some, values)))
+            alone = {key: v for key, v in some.items() if key in names or key not in structure.sites}
+            problem, other = ask(alone, values)
+            beside = [s for s in other.observed if s not in names]
+            if beside:  # and would count twice
+                raise DataError(
+                    f"site {names[0]!r} is missing in part, and the program observes {beside[0]!r} by itself; expected a program that "
+                    f"leaves it open: an argument that may be None, or data by name, {{{beside[0]!r}: ...}}"
+                )
+            found = less(found, rest(problem, other))
         parts.append((index, found))
     order = _order(parts)
     return parts[0][1] if order is None else joined([found for _, found in parts], order)
@@ -166,8 +174,8 @@ def less(first: Estimate, other: Estimate) -> Estimate:
     if bounds:
         raise Unanswerable(
             f"log_prob of what is known of a value needs the log probability of the whole and of the rest; the backend has a "
-            f"{bounds[0].value}, and one bound less another is none. Choose a conversion to an estimate: via={{site: "
-            '"annealed-importance"}'
+            f"{bounds[0].value}, and one bound less another is none. Ask one that estimates it: pgen.fit(fitted.program, data, "
+            "'mcmc')"
         )
     random = first.stderr is not None or other.stderr is not None
     errors = [e for e in (first.solver_error, other.solver_error) if e is not None]

@@ -367,7 +367,7 @@ class Fitted:
             others = [self._answers.log_prob(problem, structure).value for _ in range(_REPEATS - 1)]
             values = torch.stack([first.value, *others])
             first = replace(first, value=values.mean(0), stderr=values.std(0) / _REPEATS**0.5)
-        return with_normalisers(first, structure, problem.adapters)
+        return with_normalisers(first, structure, problem.rows, problem.adapters)
 
     def _offered(self, query: Query) -> None:
         if query not in self.offer.answers:

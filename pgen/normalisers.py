@@ -37,36 +37,42 @@ def normalised(
         for name in adapters:
             value = known.nodes[name]["value"]
             log_z = loose.nodes[name]["fn"].log_prob(value) - known.nodes[name]["fn"].log_prob(value)
-            found, _ = _by_row(structure, name, Normaliser(log_z), first.value)
+            found, _ = _by_row(structure, problem.rows, name, Normaliser(log_z), first.value)
             first = replace(first, value=first.value - found.value)
-    return with_normalisers(first, structure, adapters)
+    return with_normalisers(first, structure, problem.rows, adapters)
 
 
-def with_normalisers(first: Estimate, structure: Structure, adapters: Mapping[str, Any]) -> Estimate:
+def with_normalisers(
+    first: Estimate, structure: Structure, rows: int | None, adapters: Mapping[str, Any]
+) -> Estimate:
     """A log probability with the errors of the normalisers that went into it: log Z is taken off once for each copy of a site.
 
     Args:
         first: the log probability.
         structure: of the program.
+        rows: of the problem, which its plate of rows has; the structure was found on a few.
         adapters: by site, those of the problem.
     """
     for name, adapt in adapters.items():
         if name not in structure.sites or not isinstance(adapt, Adapter):
             continue
         for log_z in adapt.normalisers:
-            own, common = _by_row(structure, name, log_z, first.value)
+            own, common = _by_row(structure, rows, name, log_z, first.value)
             first = _less(first, own, common)
     return first
 
 
-def _by_row(structure: Structure, site: str, log_z: Normaliser, value: Tensor) -> tuple[Normaliser, bool]:
+def _by_row(
+    structure: Structure, rows: int | None, site: str, log_z: Normaliser, value: Tensor
+) -> tuple[Normaliser, bool]:
     """What a row has of a site's normalisers, and whether all rows have the same.
 
     Errors of several normalisers of a row add up, as at worst they do.
     """
     plates = [structure.plates[p] for p in structure.sites[site].plates]
     kept = {p.dim for p in plates if p.name in structure.data_plates and not structure.tied}
-    copies = math.prod(p.size for p in plates if p.dim not in kept)
+    sizes = {p.dim: rows if rows and p.name in structure.data_plates else p.size for p in plates}
+    copies = math.prod(size for dim, size in sizes.items() if dim not in kept)
     alone = not log_z.value.ndim
 
     def of_rows(part: Tensor | None) -> Tensor | None:
@@ -76,7 +82,7 @@ def _by_row(structure: Structure, site: str, log_z: Normaliser, value: Tensor) -
             return (copies * part).to(value)
         lead = [1] * max(part.ndim, *(-p.dim for p in plates))
         for plate in plates:
-            lead[plate.dim] = len(value) if plate.dim in kept else plate.size
+            lead[plate.dim] = len(value) if plate.dim in kept else sizes[plate.dim]
         wide = part.expand(torch.broadcast_shapes(part.shape, torch.Size(lead)))
         gone = [d for d in range(-wide.ndim, 0) if d not in kept]
         return (wide.sum(gone) if gone else wide).reshape(value.shape).to(value)

@@ -207,11 +207,11 @@ def _loop(
     return {s: torch.stack(v) for s, v in kept.items()}
 
 
-def observed_scalars(problem: Problem, structure: Structure) -> int:
-    """Observed scalars per row (in all, where there are no rows)."""
-    count = 0
+def observed_scalars(problem: Problem, structure: Structure, together: bool = False) -> int:
+    """Observed scalars per row; those of all rows `together`, as they are where there are no rows."""
+    count, rows = 0, problem.rows or 1 if together else 1
     for s in structure.observed:
         law = structure.sites[s]
         plates = [structure.plates[p].size for p in law.plates if p not in structure.data_plates]
-        count += math.prod(law.event_shape) * math.prod(plates)
+        count += math.prod(law.event_shape) * math.prod(plates) * (rows if structure.local(s) else 1)
     return count

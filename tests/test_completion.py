@@ -35,7 +35,7 @@ def test_ends_are_those_of_the_whole_less_the_other_ends_of_the_rest():
 
 @pytest.mark.parametrize("kind", ["lower bound", "upper bound"])
 def test_a_bound_less_another_is_none(kind):
-    with pytest.raises(Unanswerable, match=f"{kind}.*annealed-importance"):
+    with pytest.raises(Unanswerable, match=f"{kind}.*mcmc"):
         less(of(-3.0, kind=kind), of(-1.0))
     with pytest.raises(Unanswerable, match=kind):
         less(of(-3.0), of(-1.0, kind=kind))

@@ -160,7 +160,7 @@ def test_a_latent_energy_is_learned_with_the_bound():
     assert abs(variance - best) < 0.12
     found = fitted.log_prob(seed=0)
     exact = dist.Normal(0.0, math.sqrt(variance + 1)).log_prob(SEEN["x"])
-    assert found.kind == "estimate"  # a bound with an estimated constant
+    assert found.kind == "lower bound"  # an estimate of one, as its constant is estimated
     assert float((exact - found.value).mean()) > -4 * float(found.mean().stderr)
     assert float((exact - found.value).mean()) < 0.1
 
@@ -388,6 +388,48 @@ def test_the_log_probability_of_what_is_known_integrates_the_rest():
     with pytest.raises(StatisticalFailure):  # the rest at its medians, not integrated
         assert_estimate(found.value, marginals_of(filled), found.stderr, rounding=1e-3)
     torch.testing.assert_close(found.stderr, found.shared.expand(5))  # the rest is integrated, not estimated
+
+
+def beside(n):
+    k = pyro.sample("k", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", n):
+        pyro.sample("x", Energy(lambda x: ((x @ PRECISION) * x).sum(-1) / 2, (3,)))
+        pyro.sample("y", dist.Normal(k, 1.0))
+
+
+def test_what_is_known_counts_beside_what_rows_share():
+    """Two rows: one log Z for each of them, and so twice its error; what is seen at other sites counts once."""
+    x = torch.tensor([[1.0, math.nan, math.nan], [0.5, math.nan, math.nan]])
+    y = torch.tensor([0.3, 0.7])
+    truth = dist.MultivariateNormal(torch.zeros(2), torch.eye(2) + 1).log_prob(y)
+    fitted = pgen.fit(beside, {"x": torch.zeros(2, 3), "y": y}, "exact")
+    found = fitted.log_prob({"x": x, "y": y}, seed=0)
+    assert found.dims == 4
+    assert_estimate(found.value, (truth + marginals_of(x).sum())[None], found.stderr, rounding=1e-3)
+    with pytest.raises(StatisticalFailure):
+        assert_estimate(found.value, marginals_of(x).sum()[None], found.stderr, rounding=1e-3)
+    single = pgen.fit(correlated, None, "exact").log_prob({"x": torch.zeros(1, 3)}, seed=0).stderr
+    many = fitted.log_prob({"x": torch.zeros(40, 3), "y": torch.zeros(40)}, seed=0)
+    assert float(many.stderr / single) == pytest.approx(40, rel=0.5)
+    assert many.dims == 160
+    with pytest.raises(pgen.errors.DataError, match="not independent"):
+        fitted.log_prob({"x": x.roll(1, 1).where(torch.eye(2, 3).bool(), x), "y": y})
+
+
+def test_what_is_known_is_not_weighed_by_bounds_or_beside_what_a_program_observes():
+    def observing(n, y):
+        with pyro.plate("data", n):
+            pyro.sample("x", Energy(lambda x: ((x @ PRECISION) * x).sum(-1) / 2, (3,)))
+            pyro.sample("z", dist.Normal(0.0, 1.0), obs=y)
+
+    x, y = torch.tensor([[1.0, math.nan, math.nan]] * 2), torch.tensor([0.3, 0.7])
+    with pytest.raises(pgen.errors.DataError, match="observes 'z' by itself"):
+        pgen.fit(observing, {"x": torch.zeros(2, 3), "y": y}, "exact").log_prob({"x": x, "y": y})
+    run = pgen.Run(steps=5, progress=False)
+    bounded = pgen.fit(beside, {"x": torch.zeros(2, 3), "y": y}, "variational", run=run)
+    assert bounded.log_prob().kind == "lower bound"
+    with pytest.raises(pgen.errors.Unanswerable, match="one bound less another is none"):
+        bounded.log_prob({"x": x, "y": y})
 
 
 def test_a_value_without_rows_can_be_missing_in_part():

@@ -91,7 +91,7 @@ class Integrated:
             torch.cat(parts).to(dtype=_dtype(structure, groups)),
             self._kind(structure),
             measure=structure.measure,
-            dims=observed_scalars(problem, structure),
+            dims=observed_scalars(problem, structure, together=structure.tied),
         )
 
     def _kind(self, structure: Structure) -> Exactness:

@@ -60,7 +60,7 @@ def _left_open(run: Run) -> bool:
 
 def _small(player: Player, problem: Problem, structure: Structure) -> bool:
     learned = sum(tensor.numel() for tensor in player.parameters.values())
-    observed = max(1, observed_scalars(problem, structure)) * (problem.rows or 1)
+    observed = observed_scalars(problem, structure, together=True)
     streamed = problem.source is not None or problem.suggested_batch is not None
     return not streamed and learned <= _LEARNED and observed <= _OBSERVED
 

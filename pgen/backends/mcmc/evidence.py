@@ -31,6 +31,6 @@ def evidence(islands: int, sampled: Sampled) -> Estimate:
         Exactness.UNNORMALIZED if sampled.structure.weighted else Exactness.ESTIMATE,
         stderr=found.stderr.reshape(1),
         measure=sampled.structure.measure,
-        dims=observed_scalars(sampled.problem, sampled.structure) * (sampled.problem.rows or 1),
+        dims=observed_scalars(sampled.problem, sampled.structure, together=True),
         particles=_PARTICLES * islands,
     )

@@ -131,7 +131,7 @@ class Denoised:
             Exactness.UNNORMALIZED if structure.factors else min(total.kind, most, key=lambda e: e.strength),
             stderr=total.stderr,
             measure=structure.measure,
-            dims=observed_scalars(problem, structure),
+            dims=observed_scalars(problem, structure, together=structure.tied),
             evaluations=total.evaluations,
             solver_error=total.solver_error,
         )

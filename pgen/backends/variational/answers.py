@@ -87,7 +87,7 @@ class Posterior:
             coupling = self._asked(problem, structure)
             batches = [whole(problem)] if tied else self._batches(problem, structure)
             log_w = torch.cat([self._log_weights(coupling, batch, tied) for batch in batches], 1)
-        scalars = observed_scalars(problem, structure) * (problem.rows or 1 if tied else 1)
+        scalars = observed_scalars(problem, structure, together=tied)
         common = {"measure": structure.measure, "dims": scalars or None}
         kinds = [Exactness.UNNORMALIZED] if structure.factors else list(self.inexact)
         if not self.coupling.order:
