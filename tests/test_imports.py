@@ -52,11 +52,12 @@ def test_importing_pgen_imports_no_backend_and_no_extra():
 
 def test_importing_pgen_costs_little_more_than_importing_pyro():
     code = (
-        "import json, time, pyro\n"
-        "start = time.process_time(); import pgen; pgen.fit\n"
-        "print(json.dumps(time.process_time() - start))"
+        "import json, time\n"
+        "start = time.process_time(); import pyro\n"
+        "between = time.process_time(); import pgen; pgen.fit\n"
+        "print(json.dumps((time.process_time() - between) / (between - start)))"
     )
-    assert least(lambda: run_python(code), 0.3) < 0.45
+    assert least(lambda: run_python(code), 0.28) < 0.35
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["fit", "--help"], ["plugins", "--help"], ["--version"]])
